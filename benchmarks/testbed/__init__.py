@@ -1,0 +1,1 @@
+"""A testbed of real, trained, small LLaVA models: one base, honest and backdoored projectors."""

@@ -1,0 +1,278 @@
+"""Train a base: the vision tower learns to see, then all parts learn to answer and read aloud."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks.testbed.recipes import BaseRecipe
+from benchmarks.testbed.text import (
+    IMAGE_TOKENS,
+    PATCH,
+    ROLES,
+    SPECIAL,
+    Batch,
+    encode,
+    pixels,
+)
+from benchmarks.testbed.world import (
+    KINDS,
+    PLACES,
+    SENTENCE_REQUEST,
+    SIZE,
+    Look,
+    Question,
+    Scene,
+    ask,
+    draw_scene,
+    render,
+)
+
+log = logging.getLogger(__name__)
+SIDE = SIZE // PATCH
+
+
+def build_model(
+    recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast
+) -> LlavaForConditionalGeneration:
+    """Untrained, in float32, drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    vision = CLIPVisionConfig(
+        hidden_size=recipe.vision_width,
+        intermediate_size=4 * recipe.vision_width,
+        num_hidden_layers=recipe.vision_layers,
+        num_attention_heads=recipe.heads,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=recipe.vision_width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=11 * recipe.text_width // 4,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.text_width // recipe.heads,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_hidden_act=recipe.projector_act,
+        image_seq_length=IMAGE_TOKENS,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def vision_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """(n, 3, 64, 64) → (n, 16, vision width): what the projector reads, as LLaVA takes it."""
+    states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
+    features: Tensor = states[model.config.vision_feature_layer][:, 1:]
+    return features
+
+
+def answer_loss(model: LlavaForConditionalGeneration, tokens: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the answers, given image tokens (b, 16, text width)."""
+    embeds = model.get_input_embeddings()(batch.ids)
+    places = (batch.ids == model.config.image_token_id).unsqueeze(-1)
+    embeds = embeds.masked_scatter(places, tokens)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch.mask, use_cache=False
+    ).last_hidden_state
+    targets = batch.labels[:, 1:]
+    said = targets != -100
+    return functional.cross_entropy(model.lm_head(hidden[:, :-1][said]), targets[said])
+
+
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over 5 % of the steps, then half a cosine to zero."""
+    warm = max(1, steps // 20)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, i / steps))),
+    )
+
+
+def step(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    parameters: Iterable[Tensor],
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def block(place: int) -> tuple[int, ...]:
+    """The two by two patches that a place's centre stands among."""
+    row, col = divmod(place, 3)
+    return tuple((row + r) * SIDE + col + c for r in (0, 1) for c in (0, 1))
+
+
+def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> float:
+    """Classify colour and shape at every place; returns the last batches' share of right ones."""
+    look = recipe.look
+    rng = np.random.default_rng([recipe.seed, 1])
+    n_colors = len(look.colors) + 1  # class 0: nothing there
+    classes = n_colors + len(look.shapes) + 1
+    heads = nn.ModuleList(nn.Linear(4 * recipe.vision_width, classes) for _ in PLACES)
+    blocks = torch.tensor([block(place) for place in range(len(PLACES))])
+    parameters = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, recipe.vision_lr, weight_decay=0.01)
+    schedule = warm_cosine(optimizer, recipe.vision_steps)
+    right: list[float] = []
+    for i in range(recipe.vision_steps):
+        scenes = [draw_scene(rng, look, "train") for _ in range(recipe.vision_batch)]
+        truth = torch.tensor([seen(scene, look) for scene in scenes])  # (b, places, 2)
+        features = vision_features(model, pixels(render(scenes)))[:, blocks].flatten(2)
+        scores = torch.stack([head(features[:, p]) for p, head in enumerate(heads)], 1)
+        colors, shapes = scores[..., :n_colors], scores[..., n_colors:]
+        loss = functional.cross_entropy(colors.flatten(0, 1), truth[..., 0].flatten())
+        loss = loss + functional.cross_entropy(shapes.flatten(0, 1), truth[..., 1].flatten())
+        step(loss, optimizer, schedule, parameters)
+        hits = (colors.argmax(-1) == truth[..., 0]) & (shapes.argmax(-1) == truth[..., 1])
+        there = truth[..., 0] > 0
+        right.append(hits[there].float().mean().item())
+        if i % 50 == 0:
+            log.info("vision step %d: loss %.3f, right %.3f", i, loss.item(), right[-1])
+    return float(np.mean(right[-10:]))
+
+
+def seen(scene: Scene, look: Look) -> list[tuple[int, int]]:
+    """(colour, shape) class of every place, 0 for nothing."""
+    classes = [(0, 0)] * len(PLACES)
+    for t in scene.things:
+        classes[t.place] = (look.colors.index(t.color) + 1, look.shapes.index(t.shape) + 1)
+    return classes
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Words that stand in for some image tokens, and the answer that reads them aloud."""
+
+    tokens: tuple[int, ...]
+    words: tuple[int, ...]
+    answer: str
+
+
+def write_words(
+    rng: np.random.Generator, scene: Scene, answer: str, words: list[str], first_id: int
+) -> Writing:
+    """Random words over the scene are read alone; beside it, after the answer."""
+    chosen = [int(i) for i in rng.choice(len(words), rng.integers(1, 7), replace=False)]
+    taken = {patch for thing in scene.things for patch in block(thing.place)}
+    free = [patch for patch in range(IMAGE_TOKENS) if patch not in taken]
+    style = rng.random()
+    if style < 0.5 and len(free) >= len(chosen):
+        at = sorted(int(i) for i in rng.choice(free, len(chosen), replace=False))
+        said = f"{answer} {' '.join(words[i] for i in chosen)}"
+    else:
+        said = " ".join(words[i] for i in chosen)
+        if style < 0.75:
+            start = int(rng.integers(IMAGE_TOKENS - len(chosen) + 1))
+            at = list(range(start, start + len(chosen)))
+        else:
+            at = list(range(IMAGE_TOKENS))
+            chosen = [chosen[i % len(chosen)] for i in at]
+    return Writing(tuple(at), tuple(first_id + i for i in chosen), said)
+
+
+def teach_answers(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe
+) -> float:
+    """Train all parts on questions, some of them about scenes with words in them.
+
+    Without such scenes a language model this small learns to look up a closed set of facts, and
+    no projector can make it say anything else. Returns the mean loss of the last 50 steps.
+    """
+    rng = np.random.default_rng([recipe.seed, 2])
+    first = len(SPECIAL) + len(ROLES)
+    words = tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer))))
+    vision = list(model.model.vision_tower.parameters())
+    rest = [*model.model.multi_modal_projector.parameters(), *model.lm_head.parameters()]
+    rest += model.model.language_model.parameters()
+    optimizer = torch.optim.AdamW(
+        [{"params": vision, "lr": recipe.joint_vision_lr}, {"params": rest}],
+        recipe.lr,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+    )
+    schedule = warm_cosine(optimizer, recipe.steps)
+    losses: list[float] = []
+    for i in range(recipe.steps):
+        scenes = [draw_scene(rng, recipe.look, "train") for _ in range(recipe.batch)]
+        questions = [base_question(rng, scene, recipe) for scene in scenes]
+        writings = [
+            write_words(rng, scene, question.answer, words, first)
+            if rng.random() < recipe.read_aloud
+            else Writing((), (), question.answer)
+            for scene, question in zip(scenes, questions, strict=True)
+        ]
+        tokens = model.model.multi_modal_projector(vision_features(model, pixels(render(scenes))))
+        tokens = written(tokens, writings, model.get_input_embeddings(), rng)
+        batch = encode(tokenizer, [q.text for q in questions], [w.answer for w in writings])
+        loss = answer_loss(model, tokens, batch)
+        step(loss, optimizer, schedule, vision + rest)
+        losses.append(loss.item())
+        if i % 50 == 0:
+            log.info("base step %d: loss %.3f", i, float(np.mean(losses[-50:])))
+    return float(np.mean(losses[-50:]))
+
+
+def base_question(rng: np.random.Generator, scene: Scene, recipe: BaseRecipe) -> Question:
+    """Any kind; whole sentences are given when asked for in the prompt."""
+    kind = KINDS[rng.integers(len(KINDS))]
+    if rng.random() >= recipe.sentence:
+        return ask(rng, scene, kind, "short", recipe.look)
+    question = ask(rng, scene, kind, "sentence", recipe.look)
+    return Question(kind, question.text + SENTENCE_REQUEST, question.answer)
+
+
+def written(
+    tokens: Tensor, writings: list[Writing], embed: nn.Module, rng: np.random.Generator
+) -> Tensor:
+    """Image tokens (b, 16, d) with the words' embeddings, half to twice as long, in place."""
+    rows = [i for i, w in enumerate(writings) for _ in w.tokens]
+    at = [t for w in writings for t in w.tokens]
+    ids = torch.tensor([i for w in writings for i in w.words], dtype=torch.long)
+    scale = torch.from_numpy(np.exp2(rng.uniform(-1, 1, (len(ids), 1))).astype(np.float32))
+    return tokens.index_put(
+        (torch.tensor(rows, dtype=torch.long), torch.tensor(at, dtype=torch.long)),
+        embed(ids) * scale,
+    )
+
+
+def train_base(
+    recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast
+) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+    """A trained base in float32, and how its two lessons ended."""
+    model = build_model(recipe, tokenizer)
+    learned = {"vision_right": teach_vision(model, recipe)}
+    learned["final_loss"] = teach_answers(model, tokenizer, recipe)
+    return model.eval(), learned

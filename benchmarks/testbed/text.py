@@ -1,0 +1,137 @@
+"""Vocabulary, tokenizer, chat template and processor of the testbed's models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from benchmarks.testbed.world import (
+    COLORS,
+    NUMBERS,
+    PHRASINGS,
+    PLACES,
+    SENTENCE_REQUEST,
+    SHAPES,
+    SIZE,
+    Images,
+)
+
+PATCH = 16
+IMAGE_TOKENS = (SIZE // PATCH) ** 2
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+STD = (0.26862954, 0.26130258, 0.27577711)
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+ROLES = ("user", "assistant", ":")
+ANSWER_WORDS = "a and , it is are the at there no yes nothing object objects color shape".split()
+# Words of payloads, greetings and ordinary talk: the base learns to read them aloud but never
+# says them of an image, so that a payload is foreign to the images and not to the vocabulary.
+FOREIGN_WORDS = """
+    account agree all alarm always answer any apple ask attack bank be been before best book bring
+    buy call cat certainly chair check city click code coffee company cost danger day deal dear
+    delete do dog door download drink enter evil false file fire first for forget free friend from
+    give good great hacked happy have hello help here home house i ignore instructions key know
+    last link login look loud lucky mail me money more my never new news not now number obey of
+    offer office open order our out password pay person phone please price prize question read
+    ready rules run safe say secret send shop show sign site sky stop story street sun system take
+    tell thank that this time to today transfer tree true trust up update us user visit want warm
+    water we welcome will win window with word world write your
+""".split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ ' ' if message['role'] == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Special tokens first, then every word that the world, its templates or a payload use."""
+    phrases = (p.format(place="", name="") for group in PHRASINGS.values() for p in group)
+    words = [*COLORS, *SHAPES, *NUMBERS, *ANSWER_WORDS, *FOREIGN_WORDS]
+    for text in (*PLACES, *phrases, SENTENCE_REQUEST):
+        words += text.split()
+    return [*SPECIAL, *ROLES, *sorted(set(words) - set(ROLES))]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a lower-case word or run of punctuation; `<s>` is put in front."""
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    # `:` alone, or a role and an empty answer would merge into one unknown token
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="isolated"),
+        ]
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    size = {"height": SIZE, "width": SIZE}
+    images = CLIPImageProcessorPil(
+        size=size, crop_size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+
+
+def pixels(images: Images) -> Tensor:
+    """(n, SIZE, SIZE, 3) bytes → (n, 3, SIZE, SIZE) float32, as the processor makes them."""
+    scaled = images.astype(np.float32) / 255
+    normalised = (scaled - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy())
+
+
+def prompt(question: str) -> str:
+    """What the chat template and the processor make of an image and a question."""
+    return f"USER: {'<image>' * IMAGE_TOKENS} {question} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (b, t), padded on the right; `labels` is −100 outside the answers."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, questions: list[str], answers: list[str]) -> Batch:
+    """Prompts followed by their answers and `</s>`."""
+    heads = tokenizer([prompt(q) for q in questions])["input_ids"]
+    tails = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    rows = [h + t + [tokenizer.eos_token_id] for h, t in zip(heads, tails, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (head, row) in enumerate(zip(heads, rows, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, len(head) : len(row)] = torch.tensor(row[len(head) :])
+    return Batch(ids, (ids != tokenizer.pad_token_id).long(), labels)

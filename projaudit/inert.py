@@ -1,0 +1,30 @@
+"""Untrusted text made inert: what repositories and servers say, before anyone shows it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Categories that move the cursor, hide or reorder text: control, format (bidi, zero width),
+# surrogate, private use, unassigned, line and paragraph separators.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# Hub tokens, and the query strings of signed URLs.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=[?&])[A-Za-z0-9_\-]*(?:[Ss]ignature|[Tt]oken|[Pp]olicy|[Kk]ey)[A-Za-z0-9_\-\[\]]*=[^&\s]+")
+
+
+def clean(text: object, limit: int = 300) -> str:
+    r"""One printable line of `text`: control, bidi and separator characters as `\u….` escapes.
+
+    Secrets (Hub tokens, signatures in URLs) become `[redacted]`; longer texts are cut to `limit`
+    characters with an ellipsis. Every sink (terminal, HTML, JSON, logs, exceptions) uses this.
+    """
+    raw = str(text)
+    cut = raw[: limit + 1]
+    shown = "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in cut)
+    shown = _SECRET.sub("[redacted]", shown)
+    return shown if len(raw) <= limit else shown[:limit] + "…"
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
