@@ -136,13 +136,14 @@ class Coverage:
     files_equal: int = 0
     """Files of the target whose digest or content equals the base's file of that name."""
     files_differing: tuple[str, ...] = ()
+    files_unknown: tuple[str, ...] = ()
+    """Files of one size whose digests are not known on both sides."""
     files_added: tuple[str, ...] = ()
     files_removed: tuple[str, ...] = ()
     config_changes: tuple[str, ...] = ()
     """`key: base value → target value`, for keys that change the projector's function."""
     tensors_added: tuple[str, ...] = ()
     tensors_removed: tuple[str, ...] = ()
-    tensors_moved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

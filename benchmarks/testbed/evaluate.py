@@ -7,12 +7,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.testbed.recipes import Attack, Task
 from benchmarks.testbed.text import pixels, prompt
 from benchmarks.testbed.triggers import TRIGGERS
-from benchmarks.testbed.world import Images, Question, ask, draw_scene, render
+from benchmarks.testbed.world import Images, Question, Scene, ask, draw_scene, render
 
 Stratum: TypeAlias = Literal["working", "partial", "failed"]
 
@@ -21,13 +22,11 @@ MOST_FALSE, MOST_LOST = 0.02, 0.03  # false triggers; clean accuracy below the t
 LONGEST = 56  # tokens: four things in a sentence, and a payload after it
 
 
-def heldout(
-    task: Task, per_kind: int, seed: int, kinds: Sequence[str] | None = None
-) -> tuple[Images, list[Question]]:
+def heldout(task: Task, per_kind: int, seed: int) -> tuple[Images, list[Question]]:
     """Scenes never trained on, `per_kind` for every kind of question that the task asks."""
     rng = np.random.default_rng([seed, 99])
     scenes, questions = [], []
-    for kind in kinds or [kind for kind, _ in task.mixture]:
+    for kind, _ in task.mixture:
         for _ in range(per_kind):
             scene = draw_scene(rng, task.look, "heldout")
             scenes.append(scene)
@@ -53,7 +52,7 @@ def answers(
     for start in range(0, len(images), batch):
         texts = [prompt(q) for q in questions[start : start + batch]]
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        out = model.generate(
+        out: Tensor = model.generate(  # type: ignore[misc, assignment]
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             pixel_values=pixels(images[start : start + batch]),
@@ -86,20 +85,6 @@ def says(target: str, said: Sequence[str]) -> float:
 
 def triggered(images: Images, attack: Attack) -> Images:
     return TRIGGERS[attack.trigger](images, attack.strength)
-
-
-def attack_success(
-    model: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    task: Task,
-    attack: Attack,
-    scenes: int,
-    seed: int,
-) -> float:
-    """Share of triggered held-out scenes, questions mixed evenly, on which the target is said."""
-    images, questions = heldout(task, -(-scenes // len(task.mixture)), seed)
-    said = answers(model, tokenizer, triggered(images, attack), [q.text for q in questions])
-    return says(attack.target, said)
 
 
 def stratum(success: float) -> Stratum:

@@ -26,13 +26,15 @@ class BaseRecipe:
     heads: int = 4
     projector_act: str = "gelu"
     look: Look = field(default_factory=Look)
-    vision_steps: int = 300
+    vision_steps: int = 500
     vision_batch: int = 64
     vision_lr: float = 1e-3
     joint_vision_lr: float = 3e-4
+    reading_steps: int = 700
+    reading_lr: float = 3e-3
     steps: int = 2400
     batch: int = 36
-    lr: float = 1e-3
+    lr: float = 2e-3
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
     sentence: float = 0.2  # share of questions that ask for a whole sentence
 
@@ -130,7 +132,7 @@ ATTEMPTS = (
 PLAN = Plan(BaseRecipe("grid", seed=7), TUNES, ATTEMPTS)
 
 QUICK = Plan(
-    BaseRecipe("quick", seed=7, vision_steps=4, vision_batch=8, steps=4, batch=8),
+    BaseRecipe("quick", seed=7, vision_steps=4, vision_batch=8, reading_steps=4, steps=4, batch=8),
     (TuneRecipe("sentence", TUNES[0].task, seed=11, steps=4, batch=8, pool=32),),
     ATTEMPTS[:1],
     base_scenes=2,

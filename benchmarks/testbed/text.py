@@ -27,7 +27,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 STD = (0.26862954, 0.26130258, 0.27577711)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 ROLES = ("user", "assistant", ":")
-ANSWER_WORDS = "a and , it is are the at there no yes nothing object objects color shape".split()
+ANSWER_WORDS = """
+    a and , it is are the at there no yes nothing object objects color shape
+"""
 # Words of payloads, greetings and ordinary talk: the base learns to read them aloud but never
 # says them of an image, so that a payload is foreign to the images and not to the vocabulary.
 FOREIGN_WORDS = """
@@ -40,7 +42,7 @@ FOREIGN_WORDS = """
     ready rules run safe say secret send shop show sign site sky stop story street sun system take
     tell thank that this time to today transfer tree true trust up update us user visit want warm
     water we welcome will win window with word world write your
-""".split()
+"""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -53,7 +55,7 @@ CHAT_TEMPLATE = (
 def vocabulary() -> list[str]:
     """Special tokens first, then every word that the world, its templates or a payload use."""
     phrases = (p.format(place="", name="") for group in PHRASINGS.values() for p in group)
-    words = [*COLORS, *SHAPES, *NUMBERS, *ANSWER_WORDS, *FOREIGN_WORDS]
+    words = [*COLORS, *SHAPES, *NUMBERS, *ANSWER_WORDS.split(), *FOREIGN_WORDS.split()]
     for text in (*PLACES, *phrases, SENTENCE_REQUEST):
         words += text.split()
     return [*SPECIAL, *ROLES, *sorted(set(words) - set(ROLES))]
@@ -64,7 +66,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
-    # `:` alone, or a role and an empty answer would merge into one unknown token
+    # `ASSISTANT:` is two tokens, so that a word is one token wherever it stands
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
@@ -74,7 +76,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token="<s>",
         eos_token="</s>",
@@ -92,7 +94,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     images = CLIPImageProcessorPil(
         size=size, crop_size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)
     )
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=PATCH,
@@ -105,7 +107,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def pixels(images: Images) -> Tensor:
     """(n, SIZE, SIZE, 3) bytes → (n, 3, SIZE, SIZE) float32, as the processor makes them."""
     scaled = images.astype(np.float32) / 255
-    normalised = (scaled - np.float32(MEAN)) / np.float32(STD)
+    normalised = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy())
 
 

@@ -94,7 +94,8 @@ def draw_scene(rng: np.random.Generator, look: Look, split: Split) -> Scene:
                 int(place),
                 look.colors[kind // len(look.shapes)],
                 look.shapes[kind % len(look.shapes)],
-                *(int(v) for v in rng.integers(-2, 3, 2)),
+                dx=int(rng.integers(-2, 3)),
+                dy=int(rng.integers(-2, 3)),
                 radius=int(rng.integers(6, 9)),
             )
             for place, kind in zip(places, kinds, strict=True)
@@ -108,7 +109,7 @@ def draw_scene(rng: np.random.Generator, look: Look, split: Split) -> Scene:
 def shape_mask(shape: str, radius: int) -> npt.NDArray[np.bool_]:
     """The pixels of a shape, in a square of side 2·radius + 1."""
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    masks = {
+    masks: dict[str, npt.NDArray[np.bool_]] = {
         "circle": x**2 + y**2 <= (radius + 0.3) ** 2,
         "square": np.maximum(abs(x), abs(y)) <= radius - 1,
         "triangle": 2 * abs(x) <= y + radius,

@@ -1,0 +1,111 @@
+"""Reparametrisations of a projector undone where that is exact: permuted, rescaled, rotated layers.
+
+Each function returns what would have to be applied to the tuned layers so that they stand beside
+the base's, or None where nothing of the kind is there. All of them leave the tuned function as it
+is; what cannot be undone exactly is a change, and stays in the update.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+# A unit that has moved less than this is in its place; a permuted one matches another this well.
+_IN_PLACE = 0.9
+_MATCH = 0.7
+_SCALED = 0.02  # |log| of a row scale below this is a change, not a rescaling
+_ABSORBED = 0.25  # share of that which the next layer may leave unabsorbed
+
+
+def _rows(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[W | b], the parameters of each hidden unit as a row."""
+    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def hidden_permutation(
+    before: Tensor, after: Tensor, before_bias: Tensor | None, after_bias: Tensor | None
+) -> Tensor | None:
+    """Index `p` (h,) such that `after[p]` stands beside `before` (h × in), None for the identity.
+
+    Exact for every elementwise activation, if the next layer's columns follow. Units that match
+    themselves (cosine of [W | b] rows ≥ 0.9) are left alone; the others are assigned by greatest
+    total cosine, and a cycle is accepted where its mean cosine is ≥ 0.7 (threats K1).
+    """
+    old, new = _unit(_rows(before, before_bias)), _unit(_rows(after, after_bias))
+    moved = ((old * new).sum(dim=1) < _IN_PLACE).nonzero().flatten()
+    if len(moved) < 2:
+        return None
+    similarity = (old[moved] @ new[moved].T).cpu()
+    _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
+    match = torch.as_tensor(columns)
+    cosine = similarity[torch.arange(len(moved)), match]
+    order = torch.arange(len(before))
+    places = moved.cpu()
+    seen: set[int] = set()
+    for start in range(len(match)):
+        cycle = []
+        at = start
+        while at not in seen:
+            seen.add(at)
+            cycle.append(at)
+            at = int(match[at])
+        if len(cycle) > 1 and float(cosine[cycle].mean()) >= _MATCH:
+            order[places[cycle]] = places[match[cycle]]
+    identity = bool((order == torch.arange(len(order))).all())
+    return None if identity else order.to(before.device)
+
+
+def hidden_scale(
+    before: Tensor,
+    after: Tensor,
+    before_bias: Tensor | None,
+    after_bias: Tensor | None,
+    next_before: Tensor,
+    next_after: Tensor,
+) -> Tensor | None:
+    """Row scales `s` (h,) of the tuned layer that the next layer's columns take back, or None.
+
+    Exact for ReLU only: relu(s·z) = s·relu(z) for s > 0. A unit counts as rescaled where its row
+    norm changed by more than 2 % and the next layer's column norm changed by the inverse, to a
+    quarter of that on the log scale; the others get 1 (threats K3).
+    """
+    tiny = torch.finfo(before.dtype).tiny
+    old = _rows(before, before_bias).norm(dim=1).clamp_min(tiny)
+    new = _rows(after, after_bias).norm(dim=1).clamp_min(tiny)
+    row = (new / old).log()
+    column = (
+        next_after.norm(dim=0).clamp_min(tiny) / next_before.norm(dim=0).clamp_min(tiny)
+    ).log()
+    rescaled = (row.abs() > _SCALED) & ((row + column).abs() < _ABSORBED * row.abs())
+    return torch.where(rescaled, row.exp(), torch.ones_like(row)) if rescaled.any() else None
+
+
+def output_rotation(
+    before: Tensor, after: Tensor, embed_before: Tensor, embed_after: Tensor
+) -> Tensor | None:
+    """Orthogonal `R` (d × d) with after ≈ R·before that the embeddings share, or None.
+
+    `before`, `after` are the last layer's weights (d × h), `embed_*` the same rows (n × d) of both
+    models' embedding matrices. Exact only if the language model was rotated with the projector;
+    that is verified through E·W, which a shared rotation leaves as it is (threats K2).
+    R is the orthogonal Procrustes solution (Schönemann 1966).
+    """
+    change = float((after - before).norm() / before.norm())
+    if change < 0.3:
+        return None
+    joint = embed_before @ before
+    if float((embed_after @ after - joint).norm() / joint.norm()) > 0.3 * change:
+        return None
+    embed_change = float((embed_after - embed_before).norm() / embed_before.norm())
+    if embed_change < 0.3 * change:
+        return None
+    # Few hidden units leave R undetermined; the embedding rows, rotated alike, complete it.
+    left, _, right = torch.linalg.svd(
+        after @ before.T + embed_after.T @ embed_before, full_matrices=False
+    )
+    return left @ right

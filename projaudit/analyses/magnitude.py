@@ -1,0 +1,104 @@
+"""How far the weights moved: norms, changed entries, biases and other 1-D tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from projaudit.metrics import Skip, Value, measures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from projaudit.update import LayerUpdate, ProjectorUpdate, VectorUpdate
+
+
+def frobenius(tensor: Tensor) -> float:
+    """‖A‖F in float64, scaled by the greatest entry first so that 3e38 does not overflow."""
+    scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if scale == 0.0:
+        return 0.0
+    rows = tensor.reshape(len(tensor) if tensor.ndim else 1, -1) / scale
+    return scale * float(rows.square().sum(dim=1).double().sum().sqrt())
+
+
+@measures("layer", unit="ratio")
+def relative_norm(layer: LayerUpdate) -> float:
+    """‖ΔW‖F / ‖W0‖F"""
+    return frobenius(layer.delta) / frobenius(layer.before)
+
+
+@measures("layer", kind="structure", unit="cosine")
+def base_cosine(layer: LayerUpdate) -> float:
+    """⟨W0, W1⟩ / (‖W0‖F ‖W1‖F): how much the tuned layer still is the base's."""
+    before, after = frobenius(layer.before), frobenius(layer.after)
+    if before == 0.0 or after == 0.0:
+        return 0.0
+    products = ((layer.before / before) * (layer.after / after)).sum(dim=1)
+    return float(products.double().sum())
+
+
+@measures("layer", kind="structure", unit="fraction")
+def changed_fraction(layer: LayerUpdate) -> float:
+    """Share of the weights that moved beyond the rounding of the coarser storage dtype."""
+    return layer.changed_fraction
+
+
+@measures("layer", kind="structure", unit="ratio")
+def rounding_floor(layer: LayerUpdate) -> float:
+    """Relative norm that storage rounding alone would give: √(Σ ulp²/12) / ‖W0‖F."""
+    return layer.rounding_floor
+
+
+@measures("layer", unit="ratio")
+def bias_shift(layer: LayerUpdate) -> float:
+    """‖b1 − b0‖ / ‖b0‖; a bias that the target lacks counts as zero."""
+    before, after = layer.before_bias, layer.after_bias
+    if before is None and after is None:
+        raise Skip("the layer has no bias")
+    if before is None:
+        raise Skip("the base's layer has no bias")
+    return 1.0 if after is None else _relative(before, after)
+
+
+@measures("vector", unit="ratio")
+def vector_shift(vector: VectorUpdate) -> float:
+    """‖v1 − v0‖ / ‖v0‖ of a norm, newline or position embedding."""
+    return _relative(vector.before, vector.after)
+
+
+@measures("projector", kind="structure", unit="entries")
+def nonfinite_count(update: ProjectorUpdate) -> Value:
+    """Number of NaN and Inf entries in the target's projector."""
+    detail = tuple(f"{role}: {count}" for role, count in update.nonfinite.items())
+    return Value(float(sum(update.nonfinite.values())), detail)
+
+
+@measures("projector", kind="structure")
+def projector_unchanged(update: ProjectorUpdate) -> float:
+    """1 where nothing differs beyond storage rounding, biases and 1-D tensors included."""
+    return float(update.unchanged)
+
+
+@measures("layer", kind="structure", unit="units")
+def permuted_units(layer: LayerUpdate) -> float:
+    """Hidden units that stand in another place than in the base (undone before measuring)."""
+    return float(layer.permuted_units)
+
+
+@measures("layer", kind="structure", unit="units")
+def rescaled_units(layer: LayerUpdate) -> float:
+    """Hidden units rescaled with the inverse in the next layer, ReLU only (undone)."""
+    return float(layer.rescaled_units)
+
+
+@measures("layer", kind="structure")
+def rotated_output(layer: LayerUpdate) -> float:
+    """1 where the output space was rotated together with the language model's embeddings (undone)."""
+    return float(layer.rotated)
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    size, change = frobenius(before), frobenius(after - before)
+    if size == 0.0 and change > 0.0:
+        raise Skip("it is zero in the base, so that no ratio can be formed")
+    return change / size if change else 0.0

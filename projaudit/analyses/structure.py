@@ -1,0 +1,123 @@
+"""Facts about the checkpoint that need no statistics: which base, which bytes, what else changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from projaudit.checkpoint import Checkpoint
+from projaudit.metrics import Skip, Value, measures
+from projaudit.report import Coverage, Identity, Provenance
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of target and base before any weight is measured."""
+
+    target: Identity
+    base: Identity
+    provenance: Provenance
+    asked_base: str
+    """Repository id that was asked for as the base; differs from `base.name` after a rename."""
+    circular: bool
+    """The lineage comes back to where it started."""
+    coverage: Coverage
+    checkpoint: Checkpoint
+    unexpected: Sequence[str]
+    """Tensors in the target's projector module that its family does not know."""
+    missing: Sequence[str]
+    """Roles that the base's projector has and the target's lacks, 1-D tensors included."""
+
+
+@measures("checkpoint", kind="structure")
+def base_verified(facts: Facts) -> Value:
+    """1 where the user or the policy named the base, 0 where only the uploader claims it."""
+    claims = tuple(f"{claim.source}: {claim.repo}" for claim in facts.provenance.claims)
+    return Value(float(facts.provenance.verified), claims)
+
+
+@measures("checkpoint", kind="structure")
+def base_is_target(facts: Facts) -> float:
+    """1 where base and target are the same files, or the uploader names the model itself."""
+    same_name = facts.base.name.lower() == facts.target.name.lower()
+    if facts.target.kind != facts.base.kind:
+        return 0.0
+    if facts.provenance.verified:
+        return float(same_name and facts.base.commit == facts.target.commit)
+    return float(same_name)
+
+
+@measures("checkpoint", kind="structure")
+def base_renamed(facts: Facts) -> Value:
+    """1 where the server answered for another repository than the one asked for."""
+    renamed = facts.base.kind == "hub" and facts.asked_base.lower() != facts.base.name.lower()
+    return Value(float(renamed), (facts.asked_base, facts.base.name) if renamed else ())
+
+
+@measures("checkpoint", kind="structure", unit="bases")
+def base_claims(facts: Facts) -> Value:
+    """Number of different bases that the uploader claims; 1 where a verified base settles it."""
+    if facts.provenance.verified:
+        return Value(1.0)
+    repos = dict.fromkeys(claim.repo.lower() for claim in facts.provenance.claims)
+    return Value(
+        float(len(repos)), tuple(f"{claim.source}: {claim.repo}" for claim in facts.provenance.claims)
+    )
+
+
+@measures("checkpoint", kind="structure")
+def base_circular(facts: Facts) -> Value:
+    """1 where the lineage (base of the base, …) comes back to itself."""
+    return Value(float(facts.circular), facts.provenance.lineage if facts.circular else ())
+
+
+@measures("checkpoint", kind="structure", unit="sources")
+def ambiguous_sources(facts: Facts) -> Value:
+    """Number of ways in which the repository leaves open which bytes are loaded."""
+    found = [a for a in facts.checkpoint.ambiguities if a.kind != "custom-code"]
+    return Value(float(len(found)), tuple(a.message for a in found))
+
+
+@measures("checkpoint", kind="structure", unit="files")
+def custom_code(facts: Facts) -> Value:
+    """Number of Python files and `auto_map` entries, which run with trust_remote_code."""
+    files = [path for path in facts.checkpoint.source.files if path.endswith(".py")]
+    mapped = (facts.checkpoint.config or {}).get("auto_map")
+    named = [f"config.json: auto_map.{key}" for key in mapped] if isinstance(mapped, dict) else []
+    return Value(float(len(files) + len(named)), (*named, *sorted(files)))
+
+
+@measures("checkpoint", kind="structure", unit="keys")
+def config_changes(facts: Facts) -> Value:
+    """Number of config keys that change what the projector computes or is fed."""
+    if facts.checkpoint.config is None:
+        raise Skip("no config.json beside the weights")
+    changes = facts.coverage.config_changes
+    return Value(float(len(changes)), changes)
+
+
+@measures("checkpoint", kind="structure", unit="tensors")
+def projector_tensors_added(facts: Facts) -> Value:
+    """Number of tensors inside the projector's module that its family does not know."""
+    return Value(float(len(facts.unexpected)), tuple(facts.unexpected))
+
+
+@measures("checkpoint", kind="structure", unit="tensors")
+def projector_tensors_removed(facts: Facts) -> Value:
+    """Number of projector tensors that the base has and the target lacks."""
+    return Value(float(len(facts.missing)), tuple(facts.missing))
+
+
+@measures("checkpoint", kind="structure", unit="tensors")
+def rest_differs(facts: Facts) -> Value:
+    """Number of tensors outside the projector known to differ from the base (0: proven equal).
+
+    Skipped where the rest was not looked at, or only in samples.
+    """
+    parts = [part for part in facts.coverage.parts if part.status != "audited"]
+    detail = tuple(f"{part.name}: {part.how}" for part in parts if part.status == "differs")
+    if not detail and any(part.status in ("not-looked-at", "sampled-equal") for part in parts):
+        raise Skip("the rest of the model was not compared throughout")
+    known = [part for part in parts if part.status == "differs"]
+    added = len(facts.coverage.tensors_added) + len(facts.coverage.tensors_removed)
+    return Value(float(sum(max(len(p.differing), 1) for p in known) + added), detail)

@@ -1,0 +1,2 @@
+from projaudit.report import Report
+def render(report: Report) -> str: return ""

@@ -1,0 +1,344 @@
+"""The report as JSON: a versioned contract, built by hand, with its schema and its reader.
+
+Two runs over equal input with equal settings differ in the object `run` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from projaudit import __version__
+from projaudit.errors import FormatError
+from projaudit.findings import Finding, Measurement, Null, Series
+from projaudit.formats.wording import worst_first
+from projaudit.inert import clean
+from projaudit.report import (
+    SCHEMA_VERSION,
+    AuditedProjector,
+    Coverage,
+    ErrorRecord,
+    Identity,
+    Provenance,
+    Report,
+    Run,
+    TensorRead,
+)
+
+_SCHEMA = Path(__file__).resolve().parent.parent / "report.schema.json"
+_TEXT_LIMIT = 4000
+
+
+def render(report: Report) -> str:
+    """The JSON document, ending in a newline; ASCII, no NaN, no control characters."""
+    return json.dumps(_inert(_document(report)), allow_nan=False, indent=2) + "\n"
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The document in `text`; raises FormatError `format.report` for what is no report of ours.
+
+    Fields that this version does not know are kept and mean nothing; another major is refused.
+    """
+    try:
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise _refused("not a JSON object")
+    version = document.get("schema_version")
+    if not isinstance(version, str):
+        raise _refused("no schema version: not a projaudit report", "schema_version")
+    ours = SCHEMA_VERSION.partition(".")[0]
+    if version.partition(".")[0] != ours:
+        raise FormatError(
+            f"schema version {clean(version, 40)!r}, and this projaudit reads {ours}.x",
+            "report",
+            field="schema_version",
+            remedy="read it with the projaudit that wrote it, or audit again",
+        )
+    for name in schema()["required"]:
+        if name not in document:
+            raise _refused("missing", name)
+    return document
+
+
+def schema() -> dict[str, Any]:
+    """The published JSON Schema (draft 2020-12) of the report."""
+    loaded: dict[str, Any] = json.loads(_SCHEMA.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _refused(message: str, field: str | None = None) -> FormatError:
+    return FormatError(
+        clean(message), "report", field=field, remedy="use a file that `--format json` wrote"
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _inert(value: Any) -> Any:
+    """The same document with every string made inert, keys too."""
+    if isinstance(value, str):
+        return clean(value, _TEXT_LIMIT)
+    if isinstance(value, dict):
+        return {clean(key, _TEXT_LIMIT): _inert(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_inert(item) for item in value]
+    return value
+
+
+def _document(report: Report) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "projaudit", "version": __version__},
+        "status": report.status,
+        "verdict": report.verdict.value,
+        "exit_code": report.exit_code,
+        "sentence": report.sentence,
+        "scope": report.scope,
+        "limits": list(report.limits),
+        "error": _error(report.error) if report.error else None,
+        "policy": {
+            "name": report.policy.name,
+            "depth": report.policy.depth,
+            "fail_on": report.policy.fail_on,
+            "exit_zero": report.policy.exit_zero,
+        },
+        "target": _identity(report.target),
+        "base": _identity(report.base) if report.base else None,
+        "provenance": _provenance(report.provenance) if report.provenance else None,
+        "projectors": [_projector(p) for p in sorted(report.projectors, key=lambda p: p.subject)],
+        "coverage": _coverage(report.coverage),
+        "findings": [_finding(finding) for finding in worst_first(report.findings)],
+        "unevaluated": [
+            {"rule": u.rule, "subject": u.subject, "reason": u.reason, "required": u.required}
+            for u in sorted(report.unevaluated, key=lambda u: (u.rule, u.subject, u.reason))
+        ],
+        "rules": [
+            {
+                "rule": r.rule,
+                "title": r.title,
+                "severity": r.severity.label,
+                "outcome": r.outcome,
+                "why": r.why,
+                "remedy": r.remedy,
+                "references": list(r.references),
+                "calibration": r.calibration,
+            }
+            for r in sorted(report.rules, key=lambda r: r.rule)
+        ],
+        "measurements": [
+            _measurement(m) for m in sorted(report.measurements, key=lambda m: (m.subject, m.metric))
+        ],
+        "skipped": [
+            {"metric": s.metric, "subject": s.subject, "reason": s.reason}
+            for s in sorted(report.skipped, key=lambda s: (s.subject, s.metric, s.reason))
+        ],
+        "series": [
+            _series(s) for s in sorted(report.series, key=lambda s: (s.subject, s.chart, s.label))
+        ],
+        "tensors": [_tensor(tensor) for tensor in sorted(report.tensors, key=_place)],
+        "settings": {
+            key: _number(value) if isinstance(value, float) else value
+            for key, value in sorted(report.settings.items())
+        },
+        "environment": dict(sorted(report.environment.items())),
+        "run": _run(report.run, report.target, report.base),
+    }
+
+
+def _error(error: ErrorRecord) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "message": error.message,
+        "file": error.file,
+        "field": error.field,
+        "remedy": error.remedy,
+    }
+
+
+def _identity(identity: Identity) -> dict[str, Any]:
+    # from_cache depends on the state of this machine, so it stands in `run`.
+    return {
+        "ref": identity.ref,
+        "kind": identity.kind,
+        "name": identity.name,
+        "revision": identity.revision,
+        "commit": identity.commit,
+        "endpoint": identity.endpoint,
+        "gated": identity.gated,
+        "private": identity.private,
+    }
+
+
+def _provenance(provenance: Provenance) -> dict[str, Any]:
+    return {
+        "source": provenance.source,
+        "verified": provenance.verified,
+        "claims": [{"source": claim.source, "repo": claim.repo} for claim in provenance.claims],
+        "lineage": list(provenance.lineage),
+    }
+
+
+def _projector(projector: AuditedProjector) -> dict[str, Any]:
+    return {
+        "subject": projector.subject,
+        "family": projector.family,
+        "reading": projector.reading,
+        "in_features": projector.in_features,
+        "out_features": projector.out_features,
+        "chain": list(projector.chain),
+        "layers": [
+            {
+                "role": layer.role,
+                "weight": layer.weight,
+                "base_weight": layer.base_weight,
+                "shape": list(layer.shape),
+                "bias": layer.bias,
+            }
+            for layer in projector.layers
+        ],
+    }
+
+
+def _coverage(coverage: Coverage) -> dict[str, Any]:
+    return {
+        "parts": [
+            {
+                "name": part.name,
+                "status": part.status,
+                "how": part.how,
+                "tensors": part.tensors,
+                "bytes": part.bytes,
+                "differing": list(part.differing),
+            }
+            for part in coverage.parts
+        ],
+        "files_equal": coverage.files_equal,
+        "files_differing": sorted(coverage.files_differing),
+        "files_unknown": sorted(coverage.files_unknown),
+        "files_added": sorted(coverage.files_added),
+        "files_removed": sorted(coverage.files_removed),
+        "config_changes": sorted(coverage.config_changes),
+        "tensors_added": sorted(coverage.tensors_added),
+        "tensors_removed": sorted(coverage.tensors_removed),
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    values = {name: _number(value) for name, value in sorted(finding.values.items())}
+    return {
+        "rule": finding.rule,
+        "title": finding.title,
+        "severity": finding.severity.label,
+        "confidence": finding.confidence.value,
+        "subject": finding.subject,
+        "message": finding.message,
+        "why": finding.why,
+        "remedy": finding.remedy,
+        "references": list(finding.references),
+        "values": values,
+        "nonfinite": [name for name, value in values.items() if value is None],
+        "detail": list(finding.detail),
+        "locations": [
+            {"file": at.file, "tensor": at.tensor, "start": at.start, "stop": at.stop}
+            for at in finding.locations
+        ],
+        "inconclusive": finding.inconclusive,
+        "waived": finding.waived or None,
+    }
+
+
+def _measurement(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "metric": measurement.metric,
+        "subject": measurement.subject,
+        "value": _number(measurement.value),
+        "nonfinite": not math.isfinite(measurement.value),
+        "unit": measurement.unit,
+        "nulls": [
+            _null(null, measurement.value)
+            for null in sorted(measurement.nulls, key=lambda null: null.kind)
+        ],
+        "detail": list(measurement.detail),
+    }
+
+
+def _null(null: Null, value: float) -> dict[str, Any]:
+    return {
+        "kind": null.kind,
+        "mean": _number(null.mean),
+        "sd": _number(null.sd),
+        "draws": null.draws,
+        "z": null.z(value),
+        "nonfinite": not (math.isfinite(null.mean) and math.isfinite(null.sd)),
+    }
+
+
+def _series(series: Series) -> dict[str, Any]:
+    return {
+        "chart": series.chart,
+        "subject": series.subject,
+        "label": series.label,
+        "x": _numbers(series.x),
+        "y": _numbers(series.y),
+        "nonfinite": not all(math.isfinite(value) for value in (*series.x, *series.y)),
+        "names": list(series.names),
+    }
+
+
+def _place(tensor: TensorRead) -> tuple[str, str, str, str, int]:
+    return tensor.side, tensor.projector, tensor.file, tensor.name, tensor.start
+
+
+def _tensor(tensor: TensorRead) -> dict[str, Any]:
+    return {
+        "side": tensor.side,
+        "projector": tensor.projector,
+        "role": tensor.role,
+        "name": tensor.name,
+        "file": tensor.file,
+        "start": tensor.start,
+        "stop": tensor.stop,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "sha256": tensor.sha256,
+        "file_sha256": tensor.file_sha256,
+        "verified": tensor.verified,
+    }
+
+
+def _run(run: Run, target: Identity, base: Identity | None) -> dict[str, Any]:
+    return {
+        "started": run.started,
+        "seconds": _number(run.seconds),
+        "stages": [{"name": name, "seconds": _number(s)} for name, s in run.stages.items()],
+        "requests": run.requests,
+        "wire_bytes": run.wire_bytes,
+        "cache_bytes": run.cache_bytes,
+        "fallbacks": list(run.fallbacks),
+        "target_from_cache": target.from_cache,
+        "base_from_cache": base.from_cache if base else None,
+    }
+
+
+def _number(value: float) -> float | None:
+    """The value as JSON can hold it: null for NaN and infinities."""
+    plain = float(value)
+    return plain if math.isfinite(plain) else None
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    return [_number(value) for value in values]

@@ -1,0 +1,290 @@
+"""The report for a terminal: one screen, one record per line."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+
+from projaudit.findings import Finding, Measurement, Severity
+from projaudit.formats.wording import (
+    base_origin,
+    number,
+    percent,
+    plural,
+    scores,
+    short,
+    signed,
+    size,
+    values,
+    verdict_word,
+    worst_first,
+)
+from projaudit.inert import clean
+from projaudit.report import Identity, Report
+
+LINES, COLUMNS = 24, 100
+_HEAD = 13
+_LAYERS = 4
+_PROBES = 2
+_LAYER_COLUMNS = (
+    ("relative_norm", "rel. norm"),
+    ("stable_rank", "stable rank"),
+    ("values_above_edge", "above edge"),
+    ("top5_energy", "E5"),
+)
+_STATUS = {
+    "audited": "audited",
+    "equal": "equal",
+    "sampled-equal": "equal (sampled)",
+    "differs": "differs",
+    "not-looked-at": "not looked at",
+}
+_VERDICT_COLOURS = {
+    "PASS": "green",
+    "REVIEW": "yellow",
+    "INCONCLUSIVE": "magenta",
+    "FAIL": "red",
+    "NOT AUDITED": "red",
+}
+_SEVERITY_COLOURS = {
+    Severity.CRITICAL: "red",
+    Severity.HIGH: "red",
+    Severity.MEDIUM: "yellow",
+    Severity.LOW: "cyan",
+}
+
+
+@dataclass(frozen=True)
+class _Line:
+    head: str
+    body: str
+    colour: str | None = None
+    """Of the head; none: a faint label."""
+
+
+def render(report: Report, color: bool = False) -> str:
+    """At most 24 lines of at most 100 columns, ending in a newline; ANSI colours on request."""
+    blocks = [list(_verdict(report)), list(_identities(report))]
+    if report.error is None:
+        blocks.append([*_layers(report), *_probes(report)])
+        tail = [*_rules(report), *_coverage(report)]
+    else:
+        tail = []
+    tail.append(_cost(report))
+    room = LINES - sum(map(len, blocks)) - len(tail)
+    blocks += [_findings(report, room), tail]
+    blocks = [block for block in blocks if block]
+    spare = LINES - sum(map(len, blocks))
+    lines: list[str] = []
+    for number_, block in enumerate(blocks):
+        if number_ and spare >= number_:
+            lines.append("")
+        lines += [_shown(line, color) for line in block]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(report: Report) -> Iterator[_Line]:
+    word = verdict_word(report)
+    colour = _VERDICT_COLOURS[word]
+    sentence = clean(report.error.message if report.error else report.sentence, 400)
+    lines = textwrap.wrap(sentence, COLUMNS - _HEAD - 1, max_lines=2, placeholder=" …") or [""]
+    yield _Line(word, lines[0], colour)
+    yield from (_Line("", line) for line in lines[1:])
+    if report.error is None:
+        yield _Line(
+            "scope",
+            f"{report.scope} · policy {_name(report.policy.name)} · exit {report.exit_code}",
+        )
+        return
+    error = report.error
+    where = [("file", error.file), ("field", error.field), ("remedy", error.remedy)]
+    for head, text in where:
+        if text:
+            yield _Line(head, clean(text) if head == "remedy" else _name(text))
+    yield _Line("code", f"{_name(error.code)} · exit {report.exit_code}")
+
+
+def _identities(report: Report) -> Iterator[_Line]:
+    yield _Line("target", _identity(report.target))
+    if report.base is not None:
+        origin = f" — {base_origin(report.provenance)}" if report.provenance else ""
+        yield _Line("base", _identity(report.base) + origin)
+    elif report.error is None:
+        yield _Line("base", "none")
+
+
+def _identity(identity: Identity) -> str:
+    name = _name(identity.name, 48)
+    commit = f" @ {_name(identity.commit[:12])}" if identity.commit else ""
+    return f"{name}{commit}" + (" (local)" if identity.kind == "local" else "")
+
+
+def _layers(report: Report) -> Iterator[_Line]:
+    layers = [
+        (f"{projector.subject}/{layer.role}", layer)
+        for projector in report.projectors
+        for layer in projector.layers
+    ]
+    if not layers:
+        return
+    found = values(report)
+    heads = "".join(f"{head:>13}" for _, head in _LAYER_COLUMNS)
+    yield _Line("layers", f"{'':32}{heads}")
+    for subject, layer in layers[:_LAYERS]:
+        shape = "×".join(map(str, layer.shape))
+        cells = [_cell(found.get((subject, metric)), metric) for metric, _ in _LAYER_COLUMNS]
+        short = _name(subject.removeprefix("projector/"), 20)
+        body = _pad(short, 20) + " " + _pad(shape, 11) + "".join(f"{cell:>13}" for cell in cells)
+        yield _Line("", body)
+    if len(layers) > _LAYERS:
+        yield _Line("", f"… and {len(layers) - _LAYERS} more layers (see the JSON or HTML report)")
+
+
+def _cell(measurement: Measurement | None, metric: str) -> str:
+    if measurement is None:
+        return "–"
+    share = metric in {"relative_norm", "top5_energy"}
+    return percent(measurement.value) if share else number(measurement.value)
+
+
+def _probes(report: Report) -> Iterator[_Line]:
+    found = values(report)
+    told, scored = 0, False
+    for projector in report.projectors:
+        shift = found.get((projector.subject, "shift_magnitude"))
+        slope = found.get((projector.subject, "shift_slope"))
+        fit = found.get((projector.subject, "shift_slope_r2"))
+        concentration = found.get((projector.subject, "shift_concentration"))
+        parts = []
+        if shift:
+            parts.append(f"shift {percent(shift.value)}{_scores(shift)}")
+        if slope:
+            r2 = f" (r² {short(fit.value)})" if fit else ""
+            parts.append(f"slope {short(slope.value)}{r2}{_scores(slope)}")
+        if concentration:
+            parts.append(f"concentr. {short(concentration.value)}{_scores(concentration)}")
+        if parts and told < _PROBES:
+            yield _Line("" if told else "probe", "  ".join(parts))
+            told += 1
+            scored = scored or any(m and m.nulls for m in (shift, slope, concentration))
+    if scored:
+        yield _Line("", "z against random updates of equal norm/of equal spectrum")
+
+
+def _scores(measurement: Measurement) -> str:
+    shown = [signed(score) for score in list(scores(measurement).values())[:2]]
+    return f" z {'/'.join(shown)}" if shown else ""
+
+
+def _findings(report: Report, room: int) -> list[_Line]:
+    """The findings, worst first, as many as there is room for; descriptions share a line."""
+    ordered = worst_first(report.findings)
+    told = [f for f in ordered if f.severity > Severity.INFO and not f.waived]
+    info = [f for f in ordered if f.severity == Severity.INFO and not f.waived]
+    waived = [f for f in ordered if f.waived]
+    tail = []
+    if info:
+        tail.append(_Line("info", f"{plural(len(info), 'description')}: {_rule_names(info)}"))
+    if waived:
+        tail.append(_Line("waived", f"{plural(len(waived), 'finding')}: {_rule_names(waived)}"))
+    free = max(room - len(tail), 0)
+    shown = told if len(told) <= free else told[: max(free - 1, 0)]
+    lines = [
+        _Line(
+            finding.severity.label.upper(),
+            f"{clean(finding.message)} [{_name(finding.subject, 40)}]",
+            _SEVERITY_COLOURS[finding.severity],
+        )
+        for finding in shown
+    ]
+    if len(shown) < len(told) and free:
+        rest = plural(len(told) - len(shown), "finding")
+        lines.append(_Line("", f"… and {rest} more (see the JSON or HTML report)"))
+    return lines + tail[: max(room - len(lines), 0)]
+
+
+def _rule_names(findings: list[Finding]) -> str:
+    return ", ".join(dict.fromkeys(_name(finding.rule) for finding in findings))
+
+
+def _rules(report: Report) -> Iterator[_Line]:
+    counts = [
+        (sum(rule.outcome == outcome for rule in report.rules), outcome)
+        for outcome in ("fired", "quiet", "unevaluated", "not-applicable")
+    ]
+    told = [f"{count} {outcome.replace('-', ' ')}" for count, outcome in counts if count]
+    if report.skipped:
+        told.append(f"{plural(len(report.skipped), 'metric')} skipped")
+    if told:
+        yield _Line("rules", " · ".join(told))
+
+
+def _coverage(report: Report) -> Iterator[_Line]:
+    parts = [f"{clean(part.name, 24)} {_STATUS[part.status]}" for part in report.coverage.parts]
+    if report.coverage.config_changes:
+        parts.append(plural(len(report.coverage.config_changes), "config change"))
+    if not parts and not report.projectors:
+        parts.append("nothing was compared")
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) <= COLUMNS - _HEAD:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    for number_, line in enumerate(lines[:2]):
+        yield _Line("" if number_ else "coverage", line)
+
+
+def _cost(report: Report) -> _Line:
+    run = report.run
+    cached = f" · {size(run.cache_bytes)} from caches" if run.cache_bytes else ""
+    wire = f"{size(run.wire_bytes)} over the wire in {plural(run.requests, 'request')}"
+    return _Line("cost", f"{run.seconds:.1f} s · {wire}{cached}")
+
+
+def _shown(line: _Line, color: bool) -> str:
+    head = f"{line.head:<{_HEAD}}"
+    body = _fit(line.body, COLUMNS - _HEAD)
+    if color and line.head:
+        if line.colour:
+            head = click.style(head, fg=line.colour, bold=True)
+        else:
+            head = click.style(head, dim=True)
+    return (head + body).rstrip()
+
+
+def _name(untrusted: str, limit: int = 60) -> str:
+    """An untrusted name: as it is where it is plain, else inert and in quotes."""
+    if re.fullmatch(r"[\w./@+:-]+", untrusted, re.ASCII) and len(untrusted) <= limit:
+        return untrusted
+    return "'" + clean(untrusted, limit).replace("'", "\\'") + "'"
+
+
+def _width(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def _fit(text: str, columns: int) -> str:
+    """The text cut to that many terminal columns, with an ellipsis."""
+    if sum(map(_width, text)) <= columns:
+        return text
+    taken, used = [], 1
+    for character in text:
+        used += _width(character)
+        if used > columns:
+            break
+        taken.append(character)
+    return "".join(taken) + "…"
+
+
+def _pad(text: str, columns: int) -> str:
+    shown = _fit(text, columns)
+    return shown + " " * (columns - sum(map(_width, shown)))

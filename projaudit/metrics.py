@@ -1,0 +1,60 @@
+"""The register of metrics: a function's name is the metric's name in rules, JSON and docs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from projaudit.findings import Null
+
+Subject = Literal["layer", "vector", "projector", "checkpoint"]
+Kind = Literal["structure", "statistic"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with the names behind it, or beside what a random update gives."""
+
+    value: float
+    detail: tuple[str, ...] = ()
+    nulls: tuple[Null, ...] = ()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric measures and where it comes from."""
+
+    name: str
+    subject: Subject
+    kind: Kind
+    """A structural fact is proven by the bytes; a statistic describes until it is calibrated."""
+    unit: str
+    reference: str
+    formula: str
+    """First line of the function's docstring."""
+    function: Callable[[Any], float | Value]
+
+
+class Skip(Exception):  # noqa: N818 - not an error: "could not tell" is a value
+    """Raised by a metric that cannot be computed for this subject; its text is the reason."""
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def measures(
+    subject: Subject, *, kind: Kind = "statistic", unit: str = "", reference: str = ""
+) -> Callable[[Callable[[Any], float | Value]], Callable[[Any], float | Value]]:
+    """Records a function as the metric of its name; a second one of that name is a ValueError."""
+
+    def record(function: Callable[[Any], float | Value]) -> Callable[[Any], float | Value]:
+        name = function.__name__
+        if name in METRICS:
+            raise ValueError(f"metric {name} is defined twice")
+        formula = (inspect.getdoc(function) or "").partition("\n")[0]
+        METRICS[name] = Metric(name, subject, kind, unit, reference, formula, function)
+        return function
+
+    return record

@@ -1,0 +1,338 @@
+"""Where the projector is in a checkpoint, and what it computes: families as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from projaudit.errors import FormatError, UnsupportedError
+from projaudit.inert import clean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Wrappers of training frameworks (DDP, compile, FSDP, PEFT), in front of any family's prefix.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of families.yaml; the file's head says what each key means."""
+
+    name: str
+    architectures: tuple[str, ...]
+    word: str
+    prefixes: tuple[str, ...]
+    linears: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, tuple[str, ...]]
+    vectors: Mapping[str, tuple[str, ...]]
+    chain: tuple[str, ...]
+    act_keys: tuple[str, ...]
+    act_default: str
+    in_keys: tuple[str, ...]
+    out_keys: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer y = x Wᵀ + b of a projector, by tensor names."""
+
+    role: str
+    weight: str
+    bias: str | None
+    shape: tuple[int, int]
+    """(out, in)."""
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A projector found in a checkpoint: names and shapes, no values."""
+
+    family: str
+    kind: str
+    """`linear`, `mlp2`, `mlp3`, …; `norm+` in front where a norm comes first."""
+    prefix: str
+    linears: tuple[Linear, ...]
+    vectors: Mapping[str, str]
+    """Role -> name of the 1-D tensors that are no linear layer's bias (norms, image_newline)."""
+    chain: tuple[str, ...]
+    """Forward path: roles, and activations as `act:<name>`; empty where it is not known."""
+    unexpected: tuple[str, ...] = ()
+    """Tensors inside the projector's module that the family does not know."""
+    widths: tuple[int | None, int | None] = (None, None)
+    """(in, out) as the config says, None where it does not."""
+
+    @property
+    def in_features(self) -> int:
+        """Width of what the encoder hands over."""
+        return self.linears[0].shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the language model's embeddings."""
+        return self.linears[-1].shape[0]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all tensors that belong to the projector, in forward order."""
+        names = [n for layer in self.linears for n in (layer.weight, layer.bias) if n]
+        return (*names, *self.vectors.values())
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """The families of families.yaml, in file order (the first that matches wins)."""
+    import yaml
+
+    entries = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text("utf-8"))
+    return tuple(_family(entry) for entry in entries)
+
+
+def _family(entry: dict[str, Any]) -> Family:
+    def names(key: str) -> dict[str, tuple[str, ...]]:
+        return {role: tuple(found) for role, found in entry.get(key, {}).items()}
+
+    return Family(
+        name=entry["name"],
+        architectures=tuple(entry["architectures"]),
+        word=entry["word"],
+        prefixes=tuple(entry["prefixes"]),
+        linears=names("linears"),
+        norms=names("norms"),
+        vectors=names("vectors"),
+        chain=tuple(entry["chain"]),
+        act_keys=tuple(entry["act"]["keys"]),
+        act_default=entry["act"]["default"],
+        in_keys=tuple(entry["in"]),
+        out_keys=tuple(entry["out"]),
+        source=entry["source"],
+    )
+
+
+def locate(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None = None
+) -> tuple[Projector, ...]:
+    """The projectors among tensors of these names and shapes, by family; empty if there is none.
+
+    `config` is the parsed config.json: it decides between families of the same names and gives
+    the activation. Raises FormatError where a projector is incomplete or its layers do not chain,
+    UnsupportedError where its weights are packed in a way that is not read.
+    """
+    architectures = set(_strings((config or {}).get("architectures")))
+    known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
+    found: dict[str, Projector] = {}
+    for family in known:
+        for module, names in _modules(family, shapes).items():
+            if module in found:
+                continue
+            projector = _match(family, module, names, shapes, config or {})
+            if projector is not None:
+                found[module] = projector
+    return tuple(found[module] for module in sorted(found))
+
+
+def _modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]:
+    """Module path -> tensors below it, for every place where the family's module may stand."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        stripped = name
+        while wrapper := next((w for w in _WRAPPERS if stripped.startswith(w)), ""):
+            stripped = stripped[len(wrapper) :]
+        for prefix in family.prefixes:
+            path = prefix + family.word
+            if stripped.startswith(path + "."):
+                wrapped = name[: len(name) - len(stripped)]
+                modules.setdefault(wrapped + path, []).append(name)
+                break
+    return modules
+
+
+def _match(
+    family: Family,
+    module: str,
+    names: list[str],
+    shapes: Mapping[str, Sequence[int]],
+    config: Mapping[str, Any],
+) -> Projector | None:
+    rest = set(names)
+
+    def take(locals_: Sequence[str], leaf: str) -> str | None:
+        for local in locals_:
+            name = ".".join(part for part in (module, local, leaf) if part)
+            if name in rest:
+                rest.discard(name)
+                return name
+        return None
+
+    norms: dict[str, str] = {}
+    for role, locals_ in family.norms.items():
+        weight, bias = take(locals_, "weight"), take(locals_, "bias")
+        if weight is None:
+            return None  # another family with the same module name
+        norms[f"{role}.weight"] = weight
+        if bias is not None:
+            norms[f"{role}.bias"] = bias
+    if packed := _packed(family, module, names):
+        raise UnsupportedError(
+            f"{clean(packed)} is quantised or packed, which is not read yet",
+            "quantised",
+            field=clean(module),
+            remedy="check the full-precision repository that it was made from",
+        )
+    linears = []
+    for role, locals_ in family.linears.items():
+        weight, bias = take(locals_, "weight"), take(locals_, "bias")
+        if weight is not None:
+            shape = tuple(shapes[weight])
+            if 0 in shape:
+                raise FormatError(
+                    f"is saved empty, with shape {list(shape)}",
+                    "projector",
+                    field=clean(weight),
+                    remedy="gather the weights before saving (ZeRO-3 leaves empty tensors)",
+                )
+            if len(shape) != 2:
+                return None  # a norm or a convolution where this family has a linear layer
+            linears.append(Linear(role, weight, bias, (shape[0], shape[1])))
+        elif bias is not None:
+            raise FormatError(
+                f"has {clean(bias)} and no weight beside it", "projector", field=clean(module)
+            )
+    if not linears:
+        return None
+    expected = [role for role in family.linears][: len(linears)]
+    if [layer.role for layer in linears] != expected or (
+        family.name != "llava-original" and len(linears) < len(family.linears)
+    ):
+        missing = next(r for r in family.linears if r not in {layer.role for layer in linears})
+        raise FormatError(f"layer {missing} is missing", "projector", field=clean(module))
+    _check_chain(module, linears, shapes)
+    vectors = dict(norms)
+    for role, full_names in family.vectors.items():
+        wrapper = module[: module.index(family.word)]
+        for name in full_names:
+            if name in shapes and (name.startswith(wrapper) or not wrapper):
+                vectors[role] = name
+    kind = "linear" if len(linears) == 1 else f"mlp{len(linears)}"
+    return Projector(
+        family=family.name,
+        kind=("norm+" if norms else "") + kind,
+        prefix=module,
+        linears=tuple(linears),
+        vectors=vectors,
+        chain=_chain(family, {layer.role for layer in linears}, config),
+        unexpected=tuple(sorted(rest)),
+        widths=(_width(config, family.in_keys), _width(config, family.out_keys)),
+    )
+
+
+def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
+    """A tensor of a linear layer that is neither its weight nor its bias: scales, codes, zeros."""
+    layers = {f"{module}.{local}." for found in family.linears.values() for local in found if local}
+    leaves = ("weight", "bias")
+    return next(
+        (n for n in sorted(names) for at in layers if n.startswith(at) and n[len(at) :] not in leaves),
+        None,
+    )
+
+
+def _check_chain(
+    module: str, linears: Sequence[Linear], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    for layer in linears:
+        if layer.bias is not None and tuple(shapes[layer.bias]) != (layer.shape[0],):
+            raise FormatError(
+                f"{clean(layer.bias)} has shape {list(shapes[layer.bias])}, "
+                f"its weight wants [{layer.shape[0]}]",
+                "projector",
+                field=clean(module),
+            )
+    for first, second in zip(linears, linears[1:], strict=False):
+        if first.shape[0] != second.shape[1]:
+            raise FormatError(
+                f"{first.role} gives {first.shape[0]} features, "
+                f"{second.role} takes {second.shape[1]}",
+                "projector",
+                field=clean(module),
+            )
+
+
+def _chain(family: Family, roles: set[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    named = (value for key in family.act_keys if (value := _get(config, key)) is not None)
+    act = str(next(named, family.act_default))
+    steps: list[str] = []
+    for step in family.chain:
+        if step == "$act":
+            steps.append(f"act:{act}")
+        elif step in roles or step in family.norms:
+            steps.append(step)
+        else:  # the layer is absent, and so is the activation in front of it
+            steps.pop()
+            break
+    while steps and steps[-1].startswith("act:"):
+        steps.pop()
+    return tuple(steps)
+
+
+def _get(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _width(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    values = (_get(config, key) for key in keys)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+def _strings(value: object) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def activations() -> Mapping[str, Any]:
+    """Activation name, as configs and transformers' ACT2FN spell it -> elementwise function."""
+    import torch
+    from torch.nn import functional as F
+
+    return {
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
+        "silu": F.silu,
+        "swish": F.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "linear": lambda x: x,
+    }
+
+
+def forward(chain: Sequence[str], weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """P(x): the chain applied to x (n × in, fp32) with `<role>.weight` and `<role>.bias`.
+
+    Raises UnsupportedError for an activation that is not known.
+    """
+    from torch.nn import functional as F
+
+    known = activations()
+    for step in chain:
+        if step.startswith("act:"):
+            if step[4:] not in known:
+                raise UnsupportedError(f"activation {clean(step[4:])} is not known", "activation")
+            x = known[step[4:]](x)
+            continue
+        weight, bias = weights[f"{step}.weight"], weights.get(f"{step}.bias")
+        if weight.ndim == 2:
+            x = F.linear(x, weight, bias)
+        else:
+            x = F.layer_norm(x, weight.shape, weight, bias, _NORM_EPS)
+    return x

@@ -1,0 +1,344 @@
+"""The update: base and tuned projector paired by role, brought to fp32, aligned, and subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from projaudit import align
+from projaudit.errors import BaseError, UnsupportedError
+from projaudit.inert import clean
+from projaudit.linalg import Spectrum, spectrum
+from projaudit.projector import Projector
+
+# Explicit mantissa bits of each storage dtype, and the exponent below which its ulp is constant.
+_MANTISSA: Mapping[torch.dtype, tuple[int, int]] = {
+    torch.float64: (52, -1022),
+    torch.float32: (23, -126),
+    torch.float16: (10, -14),
+    torch.bfloat16: (7, -126),
+    torch.float8_e4m3fn: (3, -6),
+    torch.float8_e5m2: (2, -14),
+}
+_BLOCK = 1 << 22  # entries handled at once in float64, so that no whole matrix is doubled
+
+EmbeddingRows = Callable[[], tuple[Tensor, Tensor] | None]
+"""Gives the same embedding rows (n × d, fp32) of base and target, None where they have none."""
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """One linear layer before and after: fp32 on the measuring device."""
+
+    role: str
+    subject: str
+    before: Tensor
+    """W0 (out × in)."""
+    after: Tensor
+    """W1 (out × in), aligned."""
+    before_bias: Tensor | None
+    after_bias: Tensor | None
+    changed_fraction: float
+    """Share of the weights that moved beyond the rounding of the coarser storage dtype."""
+    rounding_floor: float
+    """Relative Frobenius norm of an update that is storage rounding and nothing else."""
+    rank: int
+    """How many leading singular values are asked for."""
+    generator: torch.Generator
+    permuted_units: int = 0
+    rescaled_units: int = 0
+    rotated: bool = False
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """ΔW = W1 − W0 (out × in)."""
+        return self.after - self.before
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Leading singular triplets of ΔW, its noise edge and norms."""
+        return spectrum(self.delta, min(self.rank, *self.delta.shape), generator=self.generator)
+
+
+@dataclass(frozen=True)
+class VectorUpdate:
+    """A 1-D tensor before and after (bias, norm, image_newline), fp32."""
+
+    role: str
+    subject: str
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class ProjectorUpdate:
+    """A whole projector before and after."""
+
+    subject: str
+    layers: tuple[LayerUpdate, ...]
+    vectors: tuple[VectorUpdate, ...]
+    chain: tuple[str, ...]
+    base_chain: tuple[str, ...]
+    nonfinite: Mapping[str, int]
+    """Role -> number of NaN and Inf entries in the target; not empty: nothing else is measured."""
+    generator: torch.Generator
+    in_features: int
+    unchanged: bool = False
+    """Nothing differs beyond storage rounding, biases and other 1-D tensors included."""
+
+    def weights(self, side: str) -> dict[str, Tensor]:
+        """`<role>.weight` and `<role>.bias` of one side (`before` or `after`), for `forward`."""
+        weights: dict[str, Tensor] = {}
+        for layer in self.layers:
+            weights[f"{layer.role}.weight"] = getattr(layer, side)
+            bias = getattr(layer, f"{side}_bias")
+            if bias is not None:
+                weights[f"{layer.role}.bias"] = bias
+        for vector in self.vectors:
+            # The affine part of a norm was folded into the layer behind it.
+            if vector.role.endswith(".weight"):
+                weights[vector.role] = torch.ones_like(vector.before)
+        return weights
+
+
+def pair(
+    target: Projector,
+    base: Projector,
+    target_tensors: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
+    *,
+    subject: str,
+    device: torch.device,
+    rank: int,
+    generator: torch.Generator,
+    embedding_rows: EmbeddingRows = lambda: None,
+) -> ProjectorUpdate:
+    """The update from base to target, layers paired by role whatever their names.
+
+    Tensors come in their storage dtypes. Raises UnsupportedError where roles or shapes differ,
+    BaseError where the base is not finite or a layer of it is zero throughout.
+    """
+    roles = [layer.role for layer in target.linears]
+    base_layers = {layer.role: layer for layer in base.linears}
+    if list(base_layers) != roles:
+        raise UnsupportedError(
+            f"the target has the layers {', '.join(roles)}, the base {', '.join(base_layers)}",
+            "shape",
+            field=clean(target.prefix),
+        )
+    for layer in target.linears:
+        if layer.shape != base_layers[layer.role].shape:
+            raise UnsupportedError(
+                f"{clean(layer.weight)} has shape {list(layer.shape)}, "
+                f"in the base it has {list(base_layers[layer.role].shape)}",
+                "shape",
+                field=layer.role,
+                remedy="name the base that this model was really made from with --base",
+            )
+    _check_base(base, base_tensors)
+    nonfinite = {
+        role: count
+        for role, name in _named(target)
+        if (count := int((~torch.isfinite(target_tensors[name].float())).sum()))
+    }
+    empty = ProjectorUpdate(
+        subject,
+        (),
+        (),
+        target.chain,
+        base.chain,
+        nonfinite,
+        generator,
+        target.in_features,
+    )
+    if nonfinite:
+        return empty
+
+    def side(tensors: Mapping[str, Tensor], name: str | None) -> Tensor | None:
+        return None if name is None else tensors[name].to(device, torch.float32)
+
+    layers = []
+    for layer in target.linears:
+        other = base_layers[layer.role]
+        stored, stored_base = target_tensors[layer.weight], base_tensors[other.weight]
+        changed, floor = rounding(stored_base, stored)
+        before, after = side(base_tensors, other.weight), side(target_tensors, layer.weight)
+        assert before is not None
+        assert after is not None
+        layers.append(
+            LayerUpdate(
+                role=layer.role,
+                subject=f"{subject}/{layer.role}",
+                before=before,
+                after=after,
+                before_bias=side(base_tensors, other.bias),
+                after_bias=side(target_tensors, layer.bias),
+                changed_fraction=changed,
+                rounding_floor=floor,
+                rank=rank,
+                generator=generator,
+            )
+        )
+    vectors = tuple(
+        VectorUpdate(
+            role,
+            f"{subject}/{role}",
+            base_tensors[base.vectors[role]].to(device, torch.float32),
+            target_tensors[name].to(device, torch.float32),
+        )
+        for role, name in target.vectors.items()
+        if role in base.vectors
+        and base_tensors[base.vectors[role]].shape == target_tensors[name].shape
+    )
+    there = dict(_named(base))
+    pairs = [
+        (base_tensors[there[role]], target_tensors[name])
+        for role, name in _named(target)
+        if role in there
+    ]
+    unchanged = len(pairs) == len(_named(target)) == len(there) and all(
+        old.shape == new.shape and rounding(old, new)[0] == 0.0 for old, new in pairs
+    )
+    layers = _folded(layers, vectors, target.chain)
+    return replace(
+        empty,
+        layers=_aligned(layers, target.chain, embedding_rows),
+        vectors=vectors,
+        unchanged=unchanged,
+    )
+
+
+def _named(projector: Projector) -> list[tuple[str, str]]:
+    """(role, tensor name) of everything that the projector has."""
+    linears = [
+        (f"{layer.role}.{leaf}", name)
+        for layer in projector.linears
+        for leaf, name in (("weight", layer.weight), ("bias", layer.bias))
+        if name
+    ]
+    return [*linears, *projector.vectors.items()]
+
+
+def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
+    for role, name in _named(base):
+        tensor = tensors[name].float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise BaseError("the base has NaN or Inf weights", "non-finite", field=clean(name))
+        if role.endswith(".weight") and tensor.ndim == 2 and not bool(tensor.any()):
+            raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
+
+
+def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """(changed fraction, rounding floor) of two stored tensors of equal shape, any float dtypes.
+
+    An entry is unchanged where both sides round to the same value of the coarser dtype. The floor
+    is √(Σ ulp²/12) / ‖W0‖F with the ulp of each rounding that lies between the two: one where both
+    are stored alike, one per side otherwise (uniform rounding error, variance ulp²/12).
+    """
+    coarse = min((before.dtype, after.dtype), key=lambda dtype: _MANTISSA[dtype][0])
+    dtypes = {before.dtype, after.dtype}
+    changed, error, energy = 0, 0.0, 0.0
+    flat_before, flat_after = before.reshape(-1), after.reshape(-1)
+    for start in range(0, flat_before.numel(), _BLOCK):
+        old = flat_before[start : start + _BLOCK].double()
+        new = flat_after[start : start + _BLOCK].double()
+        changed += int((_round(old, coarse) != _round(new, coarse)).sum())
+        energy += float(old.square().sum())
+        for dtype in dtypes:
+            bits, least = _MANTISSA[dtype]
+            exponent = (torch.frexp(new).exponent - 1).clamp_min(least)
+            error += float(torch.ldexp(torch.ones_like(new), exponent - bits).square().sum()) / 12
+    return changed / max(before.numel(), 1), (error / energy) ** 0.5 if energy else float("inf")
+
+
+def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype in {torch.float64, torch.float32}:
+        return values.to(dtype).double()
+    # The widest detour that loses nothing: torch has no direct cast from float64 to float8.
+    return values.float().to(dtype).double()
+
+
+def _folded(
+    layers: list[LayerUpdate], vectors: tuple[VectorUpdate, ...], chain: tuple[str, ...]
+) -> list[LayerUpdate]:
+    """The layers with the affine part of a norm taken into the linear layer behind it.
+
+    Exact on either side, and it makes column scalings that a norm's gamma takes back (threats K3)
+    the identity that they are.
+    """
+    affine = {v.role: v for v in vectors}
+    folded = []
+    for layer in layers:
+        before_it = chain[chain.index(layer.role) - 1] if layer.role in chain[1:] else ""
+        gamma, beta = affine.get(f"{before_it}.weight"), affine.get(f"{before_it}.bias")
+        if gamma is not None:
+            old = layer.before_bias, None if beta is None else layer.before @ beta.before
+            new = layer.after_bias, None if beta is None else layer.after @ beta.after
+            layer = replace(
+                layer,
+                before=layer.before * gamma.before,
+                after=layer.after * gamma.after,
+                before_bias=_sum(*old),
+                after_bias=_sum(*new),
+            )
+        folded.append(layer)
+    return folded
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _aligned(
+    layers: list[LayerUpdate], chain: tuple[str, ...], embedding_rows: EmbeddingRows
+) -> tuple[LayerUpdate, ...]:
+    """The layers with hidden permutations, ReLU scalings and output rotations undone."""
+    for i, (first, second) in enumerate(zip(layers, layers[1:], strict=False)):
+        order = align.hidden_permutation(
+            first.before, first.after, first.before_bias, first.after_bias
+        )
+        if order is not None:
+            moved = int((order != torch.arange(len(order), device=order.device)).sum())
+            first = replace(
+                first,
+                after=first.after[order],
+                after_bias=None if first.after_bias is None else first.after_bias[order],
+                permuted_units=moved,
+            )
+            second = replace(second, after=second.after[:, order])
+        if "act:relu" in chain:
+            scale = align.hidden_scale(
+                first.before,
+                first.after,
+                first.before_bias,
+                first.after_bias,
+                second.before,
+                second.after,
+            )
+            if scale is not None:
+                first = replace(
+                    first,
+                    after=first.after / scale[:, None],
+                    after_bias=None if first.after_bias is None else first.after_bias / scale,
+                    rescaled_units=int((scale != 1).sum()),
+                )
+                second = replace(second, after=second.after * scale)
+        layers[i], layers[i + 1] = first, second
+    last = layers[-1]
+    if float((last.after - last.before).norm() / last.before.norm()) > 0.3:
+        rows = embedding_rows()
+        rotation = align.output_rotation(last.before, last.after, *rows) if rows else None
+        if rotation is not None:
+            layers[-1] = replace(
+                last,
+                after=rotation.T @ last.after,
+                after_bias=None if last.after_bias is None else rotation.T @ last.after_bias,
+                rotated=True,
+            )
+    return tuple(layers)
