@@ -739,16 +739,14 @@ def _chop(segment: Span, block: int) -> list[Span]:
 
 
 def _copy(
-    into: Sequence[bytearray], spans: Sequence[Span], at: int, data: bytes | bytearray
-) -> int:
+    into: Sequence[bytearray], spans: Sequence[Span], at: int, data: bytes | bytearray | memoryview
+) -> None:
     """Puts the bytes of `data`, which stands at `at` in the file, where the spans want them."""
-    view, end, copied = memoryview(data), at + len(data), 0
+    view, end = memoryview(data), at + len(data)
     for target, (start, stop) in zip(into, spans, strict=True):
         a, b = max(start, at), min(stop, end)
         if a < b:
             target[a - start : b - start] = view[a - at : b - at]
-            copied += b - a
-    return copied
 
 
 # --------------------------------------------------------------------------- the source
@@ -1126,7 +1124,7 @@ class HubSource:
             for start, stop in inside:
                 part = view[start - found[0] : stop - found[0]]
                 self.traffic.from_cache += len(part)
-                _copy(into, spans, start, bytes(part))
+                _copy(into, spans, start, part)
         return sorted(missing)
 
     def _fetch(

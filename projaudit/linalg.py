@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,9 @@ CAPACITY = 256
 
 TOLERANCE = 2e-6
 """Relative error asked of a value above the edge; 1e-5 is promised, float32 itself costs ~1e-6."""
+
+RESOLUTION = 2e-6
+"""Fraction of σ₁ below which a singular value of float32 data is rounding."""
 
 QUADRATURE_STEPS = 16
 PROBES = 16
@@ -135,22 +137,24 @@ def tracy_widom_threshold(sigma: float, m: int, n: int, quantile: float = TRACY_
     return sigma * math.sqrt((a + b) ** 2 + quantile * (a + b) * (1 / a + 1 / b) ** (1 / 3))
 
 
-def _noise(values: Tensor, energy: float, m: int, n: int, floor: float) -> tuple[float, int]:
-    """(σ, r): the smallest fixed point of r = #{σᵢ > threshold(σ)}, σ² = (E − Σ_{i≤r} σᵢ²)/((m−r)(n−r)).
+def _noise(values: Tensor, missed: float, m: int, n: int) -> tuple[float, float, int]:
+    """(σ, threshold, r): smallest fixed point of r = #{σᵢ > threshold}, σ² = Eᵣ/((m−r)(n−r)).
 
-    From r = 0 upwards: spikes can only raise the first estimate, so noise is never counted as a
-    spike, and each removal uncovers smaller ones. `floor`: norm below which the remainder is
-    rounding of the matrix itself.
+    Eᵣ = Σ_{i>r} σᵢ² + `missed`, the squared norm outside `values` (d,). From r = 0 upwards: spikes
+    can only raise the first estimate, so that noise is not taken for a spike, and every removal
+    uncovers smaller ones. Below RESOLUTION·σ₁ there is only rounding.
     """
-    tail = (energy - values.square().cumsum(0)).tolist()
+    squares = values.square()
+    tail = (squares.flip(0).cumsum(0).flip(0) + missed).tolist() + [missed]
+    floor = RESOLUTION * float(values[0])
     found = 0
     while True:
-        rest = max(tail[found - 1] if found else energy, floor**2)
         rows, columns = max(m - found, 1), max(n - found, 1)
-        sigma = math.sqrt(rest / (rows * columns))
-        count = int((values > tracy_widom_threshold(sigma, rows, columns)).sum())
+        sigma = math.sqrt(max(tail[found], 0.0) / (rows * columns))
+        threshold = max(tracy_widom_threshold(sigma, rows, columns), floor)
+        count = int((values > threshold).sum())
         if count <= found:
-            return sigma, found
+            return sigma, threshold, found
         found = count
 
 
@@ -280,23 +284,81 @@ class _Basis:
         if not self.add(a, fresh):  # rank of A reached: any complement serves
             self.add(a, _gaussian(size, a.shape[1], a, generator))
 
-    def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(all Ritz values (d,), rotation of the k leading (d, k), their residuals (k,)), float64.
-
-        With v = Vᵀw and u = Y w/σ, A v = σ u holds exactly, and ‖Aᵀu − σ v‖ is at hand in Z.
-        """
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """(Ritz values (d,) descending, their rotations w (d, d)) in float64, from eigh of YᵀY."""
         wide = self.images.double()
         values, vectors = torch.linalg.eigh(wide.T @ wide)
-        values, w = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)[:, :k]
-        sigma = values[:k].clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        gap = (w.T @ self.returned.double()) / sigma - sigma * (w.T @ self.rows.double())
-        return values, w, torch.linalg.vector_norm(gap, dim=1)
+        return values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
 
-    def triplets(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(left (m, k), values (k,), right (n, k)), float64, from a thin SVD rather than a Gram."""
-        _, w, _ = self.ritz(k)
-        left, values, turn = torch.linalg.svd(self.images.double() @ w, full_matrices=False)
-        return left, values, self.rows.double().T @ (w @ turn.T)
+    def residuals(self, values: Tensor, w: Tensor) -> Tensor:
+        """‖Aᵀu − σ v‖ for v = Vᵀw, u = Y w/σ; A v = σ u holds exactly, so this bounds the error."""
+        sigma = values.clamp_min(torch.finfo(torch.float64).tiny)
+        gap = (w.T @ self.returned.double()) / sigma[:, None]
+        gap -= sigma[:, None] * (w.T @ self.rows.double())
+        return torch.linalg.vector_norm(gap, dim=1)
+
+    def missed_energy(self, a: Tensor, energy: float) -> float:
+        """‖A − A VᵀV‖²_F; as a difference of energies, or row by row where that would cancel."""
+        missed = energy - float(self.images.double().square().sum())
+        if missed > 1e-3 * energy:
+            return missed
+        pieces = zip(a.split(1024), self.images.split(1024), strict=True)
+        return sum(float((piece - y @ self.rows).double().square().sum()) for piece, y in pieces)
+
+
+def _triplets(a: Tensor, images: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(left, values, right, residuals) by Rayleigh–Ritz over orthonormal `right`, images = A·right.
+
+    A thin SVD, not a Gram matrix, so that u stays orthonormal where σ vanishes.
+    """
+    left, values, turn = torch.linalg.svd(images, full_matrices=False)
+    left, right = left.to(a.dtype), (right @ turn.T).to(a.dtype)
+    back = (left.T @ a).double() - values[:, None] * right.T.double()
+    forth = (a @ right).double() - left.double() * values
+    residuals = torch.maximum(
+        torch.linalg.vector_norm(back, dim=1), torch.linalg.vector_norm(forth, dim=0)
+    )
+    return left, values, right, residuals
+
+
+def _finished(
+    left: Tensor, right: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    return fix_signs(*((right, left) if transposed else (left, right)))
+
+
+def _validated(a: Tensor, k: int) -> None:
+    if a.ndim != 2 or a.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a float32 or float64 matrix is needed, not {a.dtype} {tuple(a.shape)}")
+    if not 1 <= k <= min(a.shape):
+        raise ValueError(f"k = {k} outside 1..{min(a.shape)} for a matrix of {tuple(a.shape)}")
+
+
+def frobenius(a: Tensor) -> float:
+    """‖A‖_F: rows in the dtype of A, their squares summed in float64 (relative error ~1e-8).
+
+    Non-finite where an entry is, or where a row's squares overflow the dtype.
+    """
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(a, dim=1).double()))
+
+
+def _rescaled(a: Tensor) -> tuple[Tensor, float, int]:
+    """(A·2⁻ᵉ, its Frobenius norm, e): e = 0 and no copy unless squares would leave the dtype.
+
+    Raises ValueError where an entry is not finite.
+    """
+    norm = frobenius(a)
+    if 1e-4 <= norm <= 1e4:
+        return a, norm, 0
+    peak = float(a.abs().max())
+    if not math.isfinite(peak):
+        raise ValueError("matrix with non-finite entries")
+    if peak == 0:
+        return a, 0.0, 0
+    exponent = math.frexp(peak)[1]
+    half = -exponent // 2  # 2^-e itself may not be representable: denormals
+    a = a * 2.0**half * 2.0 ** (-exponent - half)
+    return a, frobenius(a), exponent
 
 
 def randomized_svd(
@@ -304,26 +366,335 @@ def randomized_svd(
 ) -> Triplets:
     """The k leading triplets from a block Krylov space of block k + oversample, all iterates kept.
 
-    Halko, Martinsson & Tropp 2011 (Alg. 4.4, 5.1) keeps the last of `power_iters` iterates; keeping
-    all of them costs no further pass over A and converges like the square root of the iterations
-    (Musco & Musco 2015, Alg. 2). power_iters = 0 is the plain sketch. 3 + 2·power_iters passes.
+    Halko, Martinsson & Tropp 2011 (Alg. 4.4, 5.1) keep the last of `power_iters` iterates; keeping
+    them all needs no further pass over A and converges in about the square root of the iterations
+    (Musco & Musco 2015, Alg. 2). power_iters = 0 is one power step: AᵀΩ, then Rayleigh–Ritz.
     a (m, n) float32 or float64. The sketch depends on `generator` alone: whoever knows its state
-    can build an update that it misses; `spectrum` does not have that weakness.
-    Raises ValueError for non-finite or other dtypes, k outside 1..min(m, n), negative options.
+    can build an update that it misses (`spectrum` has not that weakness).
+    Raises ValueError for non-finite entries, other dtypes, k + oversample > min(m, n), negatives.
     """
-    _validate(a, k)
-    if oversample < 0 or power_iters < 0:
-        raise ValueError(f"oversample = {oversample}, power_iters = {power_iters}: negative")
-    if k + oversample > min(a.shape):
-        raise ValueError(f"k + oversample = {k + oversample} exceeds min{tuple(a.shape)}")
-    a, exponent = _rescaled(a, frobenius(a))
+    _validated(a, k)
+    if oversample < 0 or power_iters < 0 or k + oversample > min(a.shape):
+        raise ValueError(f"{oversample=}, {power_iters=} with {k=} for {tuple(a.shape)}")
+    transposed = a.shape[0] < a.shape[1]
+    a, norm, exponent = _rescaled(a.T if transposed else a)
     basis = _Basis.empty(a)
     for _ in range(power_iters + 1):
         basis.advance(a, k + oversample, generator)
-    left, values, right = basis.triplets(k)
-    return Triplets(
-        values=torch.ldexp(values, torch.tensor(exponent)),
-        **_vectors(a, left, right),
-        residuals=torch.ldexp(_residuals(a, left, values, right), torch.tensor(exponent)),
-        missed=math.ldexp(_unexplained(a, basis.images, basis.rows), exponent),
+    _, w = basis.ritz()
+    left, values, right, residuals = _triplets(
+        a, basis.images.double() @ w[:, :k], basis.rows.double().T @ w[:, :k]
     )
+    left, right = _finished(left, right, transposed)
+    missed = math.sqrt(max(basis.missed_energy(a, norm**2), 0.0))
+    scale = 2.0**exponent
+    return Triplets(values.cpu() * scale, left, right, residuals.cpu() * scale, missed * scale)
+
+
+def _keyed(generator: Generator, a: Tensor) -> Generator:
+    """A generator seeded by SHA-256 of one draw and of the bytes of A.
+
+    A test matrix that depends on A cannot be known while A is being crafted, even if the seed is:
+    hiding a spike in its null space would need a fixed point of the hash (threat K18).
+    """
+    draw = torch.randint(2**62, (1,), generator=generator)
+    digest = hashlib.sha256(draw.numpy().tobytes())
+    digest.update(memoryview(a.detach().cpu().contiguous().numpy()).cast("B"))
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little") >> 1)
+
+
+# --- spectral measures ----------------------------------------------------------------------------
+
+
+def _golub_kahan(
+    a: Tensor, starts: Tensor, steps: int, deflated: Tensor | None = None
+) -> Tensor:
+    """Upper bidiagonal B_i (s, steps, steps) float64 with A Q_i = P_i B_i, Q_i e₁ = starts_i/‖·‖.
+
+    starts (s, n): s independent Golub–Kahan recurrences in one block product per pass, the right
+    vectors fully reorthogonalised (enough by Simon & Zha 2000), and kept orthogonal to the columns
+    of `deflated` (n, r), right singular vectors of A.
+    """
+    count, n = starts.shape
+    basis = a.new_zeros(count, steps, n)
+    b = torch.zeros(count, steps, steps, dtype=torch.float64, device=a.device)
+    p, beta = a.new_zeros(a.shape[0], count), a.new_zeros(count)
+    tiny = torch.finfo(a.dtype).tiny
+    row = starts
+    for j in range(steps):
+        for _ in range(2):
+            if deflated is not None:
+                row = row - (row @ deflated) @ deflated.T
+            if j:
+                known = basis[:, :j]
+                row = row - torch.einsum("sj,sjn->sn", torch.einsum("sjn,sn->sj", known, row), known)
+        beta = torch.linalg.vector_norm(row, dim=1)
+        row = row / beta.clamp_min(tiny)[:, None]
+        basis[:, j] = row
+        p = a @ row.T - p * beta if j else a @ row.T
+        alpha = torch.linalg.vector_norm(p, dim=0)
+        p = p / alpha.clamp_min(tiny)
+        if j:
+            b[:, j - 1, j] = beta.double()
+        b[:, j, j] = alpha.double()
+        if j + 1 < steps:
+            row = p.T @ a - row * alpha[:, None]
+    return b
+
+
+def lanczos_measure(
+    a: Tensor, starts: Tensor, *, steps: int, deflated: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(σ nodes, weights), (s, steps) float64, descending: Gauss rule of Σᵢ ⟨x, vᵢ⟩² δ(σ − σᵢ) per row x.
+
+    starts (s, n); weights of a row sum to 1. Exact for polynomials in σ² of degree < 2·steps
+    (Golub & Meurant 1994; Ubaru, Chen & Saad 2017). steps ≤ n − r. Nodes never exceed σ₁.
+    """
+    _, nodes, rotation = torch.linalg.svd(_golub_kahan(a, starts, steps, deflated))
+    return nodes, rotation[:, :, 0].square()
+
+
+def resemblance(
+    w: Tensor, x: Tensor, *, side: str, steps: int = 24, limit: int = EXACT_LIMIT
+) -> tuple[Tensor, bool]:
+    """(maxᵢ |cos(x, singular vectorᵢ of w)| for each column of x (·, k) float64, whether exact).
+
+    The intruder test of arXiv 2410.21228 without an SVD of the base. side: "left" (x is m × k) or
+    "right" (n × k). Exact by a dense SVD up to a smaller side of `limit`. Beyond, an upper bound:
+    no point mass of a measure exceeds its Christoffel function ρ(ξ) = 1/Σ_{j<steps} pⱼ(ξ)², pⱼ the
+    orthonormal polynomials that Lanczos yields (Chebyshev–Markov–Stieltjes; Akhiezer 1965, ch. 2),
+    so |cos|² ≤ max ρ, taken over the nodes and a grid between them. Certified: a small value means
+    that no singular vector resembles x (an intruder). Estimated: a large one also arises where
+    several close singular values share x; it falls to the mass of that cluster as `steps` grow,
+    and a vector spread over the whole spectrum shows about √(3/steps).
+    On the longer side only vectors of values above 1e-3 σ₁ count (its null space has none).
+    Raises ValueError for another side or mismatched shapes.
+    """
+    if side not in ("left", "right") or x.shape[0] != w.shape[side == "right"]:
+        raise ValueError(f"{side=} vectors {tuple(x.shape)} for a matrix of {tuple(w.shape)}")
+    if side == "left":
+        w = w.T
+    m, n = w.shape  # x lives in the n dimensions from here on
+    x = x / torch.linalg.vector_norm(x, dim=0)
+    if min(m, n) <= limit:
+        _, _, right = torch.linalg.svd(w.double(), full_matrices=False)
+        return (right @ x.double()).abs().amax(0), True
+    mass = torch.ones(x.shape[1], dtype=torch.float64, device=w.device)
+    longer = n > m
+    starts = x.T
+    if longer:  # ⟨x, vᵢ⟩ = ⟨W x, uᵢ⟩/σᵢ: start on the short side, divide by ξ = σ²
+        starts, w = (w @ x).T, w.T
+        mass = starts.double().square().sum(1)
+    b = _golub_kahan(w, starts, min(steps, min(m, n)))
+    _, nodes, rotation = torch.linalg.svd(b)
+    peak = nodes[:, :1].square().clamp_min(torch.finfo(torch.float64).tiny)
+    t = b.mT @ b / peak[:, :, None]
+    theta = nodes.square() / peak  # (k, steps), descending, in units of σ₁²
+    between = torch.linspace(0, 1, 9, dtype=torch.float64, device=w.device)[1:-1]
+    grid = (theta[:, :-1, None] * (1 - between) + theta[:, 1:, None] * between).flatten(1)
+    xi = torch.cat([theta, grid], 1)
+    rho = torch.cat([rotation[:, :, 0].square(), _christoffel(t, grid)], 1)
+    if longer:
+        rho = torch.where(xi > 1e-6, mass[:, None] * rho / (xi * peak).clamp_min(1e-300), 0)
+    return rho.amax(1).clamp(0, 1).sqrt(), False
+
+
+def _christoffel(t: Tensor, xi: Tensor) -> Tensor:
+    """1/Σⱼ pⱼ(ξ)² for the orthonormal polynomials of the Jacobi matrices t (k, m, m) at xi (k, g)."""
+    diagonal, off = t.diagonal(dim1=1, dim2=2), t.diagonal(1, 1, 2)
+    before, now, total = torch.zeros_like(xi), torch.ones_like(xi), torch.ones_like(xi)
+    for j in range(t.shape[1] - 1):
+        step = (xi - diagonal[:, j, None]) * now
+        if j:
+            step = step - off[:, j - 1, None] * before
+        before, now = now, step / off[:, j, None].clamp_min(1e-300)
+        total = total + now.square()
+    return torch.nan_to_num(1 / total, nan=0.0)  # NaN only after overflow, where the sum is infinite
+
+
+def _entropy_rank(nodes: Tensor, weights: Tensor) -> float:
+    """exp(−Σ w p ln p), p = σ/Σ wσ, for a spectral measure with `weights` values at `nodes`."""
+    total = float((weights * nodes).sum())
+    p = nodes / total
+    return math.exp(-float((weights * torch.special.xlogy(p, p)).sum()))
+
+
+# --- the whole spectrum ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bulk:
+    """Spectral measure of what is left after the values above the edge, from random probes."""
+
+    nodes: Tensor  # (probes, steps) float64, CPU
+    weights: Tensor
+    coarse: tuple[Tensor, Tensor]  # the same probes after half the steps
+
+
+def _bulk(a: Tensor, found: Tensor, generator: Generator) -> _Bulk:
+    starts = _gaussian(PROBES, a.shape[1], a, generator)
+    b = _golub_kahan(a, starts, QUADRATURE_STEPS, found).cpu()
+
+    def rule(bidiagonal: Tensor) -> tuple[Tensor, Tensor]:
+        _, nodes, rotation = torch.linalg.svd(bidiagonal)
+        return nodes, rotation[:, :, 0].square()
+
+    half = QUADRATURE_STEPS // 2
+    return _Bulk(*rule(b), rule(b[:, :half, :half]))
+
+
+def _with_bulk(found: Tensor, nodes: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Measure of n values: the found ones with weight 1, the probes' mean for the others."""
+    share = weights * ((n - len(found)) / weights.sum())
+    joint = torch.cat([found, nodes.flatten()])
+    order = joint.argsort(descending=True, stable=True)
+    return joint[order], torch.cat([torch.ones_like(found), share.flatten()])[order]
+
+
+def _rank_of(found: Tensor, bulk: _Bulk, n: int) -> tuple[float, float]:
+    """(effective rank, its error): jackknife over the probes, and half the change since half depth."""
+    rank = _entropy_rank(*_with_bulk(found, bulk.nodes, bulk.weights, n))
+    coarse = _entropy_rank(*_with_bulk(found, *bulk.coarse, n))
+    others = ~torch.eye(PROBES, dtype=torch.bool)
+    left_out = torch.tensor(
+        [_entropy_rank(*_with_bulk(found, bulk.nodes[o], bulk.weights[o], n)) for o in others],
+        dtype=torch.float64,
+    )
+    spread = math.sqrt((PROBES - 1) * float(left_out.var(correction=0)))
+    return rank, 2 * spread + abs(rank - coarse) / 2
+
+
+def spectrum(a: Tensor, k: int, *, generator: Generator) -> Spectrum:
+    """All that one audit needs of the singular values of a (m, n) float32/float64: see `Spectrum`.
+
+    Smaller side ≤ EXACT_LIMIT: eigh of the float64 Gram matrix; relative to σ₁ its values are good
+    to ~1e-8, finer than the rounding of float32 data, and the k leading ones are refined.
+    Otherwise block Krylov (Musco & Musco 2015) until every value above the noise edge is settled,
+    then stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017) of the remainder, whose largest
+    nodes also test whether anything above the edge was missed; if so, a fresh block joins.
+    Work is bounded by CAPACITY basis vectors; what did not settle shows as `complete = False`.
+    Equal generator state and matrix give equal bits on one machine.
+    Raises ValueError for non-finite entries, other dtypes, k outside 1..min(m, n).
+    """
+    _validated(a, k)
+    transposed = a.shape[0] < a.shape[1]
+    keyed = _keyed(generator, a)
+    a, norm, exponent = _rescaled(a.T if transposed else a)
+    n = a.shape[1]
+    if norm == 0:
+        zeros = torch.zeros(k, dtype=torch.float64)
+        left, right = (torch.eye(s, k, dtype=a.dtype, device=a.device) for s in a.shape)
+        left, right = _finished(left, right, transposed)
+        whole = torch.zeros(n, dtype=torch.float64)
+        return Spectrum(
+            zeros, left, right, zeros, 0.0, 0.0, True, 0.0, 0.0, 0, True, 0.0, 0.0, 0.0,
+            whole, torch.ones_like(whole),
+        )  # fmt: skip
+    solve = _dense if n <= EXACT_LIMIT else _iterative
+    part = solve(a, k, norm, keyed)
+    left, values, right, residuals = _triplets(a, *part.leading)
+    left, right = _finished(left, right, transposed)
+    scale = 2.0**exponent
+    above = part.nodes[: part.above]
+    edge = marchenko_pastur_edge(part.sigma, *a.shape)
+    return Spectrum(
+        values=values.cpu() * scale,
+        left=left,
+        right=right,
+        residuals=residuals.cpu() * scale,
+        missed=part.missed * scale,
+        frobenius=norm * scale,
+        exact=solve is _dense,
+        noise_edge=edge * scale,
+        threshold=part.threshold * scale,
+        above_edge=part.above,
+        complete=part.complete,
+        excess_energy=float((above.square() - edge**2).sum()) / norm**2,
+        effective_rank=part.rank,
+        effective_rank_error=part.rank_error,
+        nodes=part.nodes * scale,
+        weights=part.weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What either path finds out about a tall matrix, in its rescaled unit."""
+
+    leading: tuple[Tensor, Tensor]  # float64: A·R (m, k) and R (n, k), the leading right space
+    missed: float
+    sigma: float
+    threshold: float
+    above: int
+    complete: bool
+    nodes: Tensor
+    weights: Tensor
+    rank: float
+    rank_error: float
+
+
+def _dense(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
+    """Every singular value, from eigh of the float64 Gram matrix."""
+    wide = a.double()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    values, right = values.flip(0).clamp_min(0).sqrt().cpu(), vectors.flip(1)[:, :k]
+    sigma, threshold, above = _noise(values, 0.0, *a.shape)
+    ones = torch.ones_like(values)
+    rank = _entropy_rank(values, ones)
+    leading = (wide @ right, right)
+    return _Part(leading, 0.0, sigma, threshold, above, True, values, ones, rank, 0.0)
+
+
+def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
+    """Values above the edge by block Krylov, the others by quadrature, which also checks the first."""
+    n = a.shape[1]
+    capacity = min(max(CAPACITY, k + BLOCK), n)
+    basis = _Basis.empty(a)
+    while len(basis.rows) < min(k + BLOCK, capacity):
+        basis.advance(a, BLOCK, generator)
+    while True:
+        values, w = basis.ritz()
+        missed = max(basis.missed_energy(a, norm**2), 0.0)
+        sigma, threshold, above = _noise(values.cpu(), missed, *a.shape)
+        room = len(basis.rows) < capacity
+        settled = _settled(basis, values, w, above)
+        if not settled and room:
+            basis.advance(a, BLOCK, generator)
+            continue
+        right = basis.rows.double().T @ w[:, : max(k, above)]
+        bulk = _bulk(a, right[:, :above].to(a.dtype), generator)
+        hidden = float(bulk.nodes.max()) > threshold
+        if not (hidden and room):
+            break
+        basis.last = 0  # a fresh block: equal values beyond the block size need another start
+        for _ in range(3):
+            basis.advance(a, BLOCK, generator)
+    found = values[:above].cpu()
+    rank, error = _rank_of(found, bulk, n)
+    return _Part(
+        leading=(basis.images.double() @ w[:, :k], right[:, :k]),
+        missed=math.sqrt(missed),
+        sigma=sigma,
+        threshold=threshold,
+        above=above,
+        complete=settled and not hidden,
+        nodes=(joint := _with_bulk(found, bulk.nodes, bulk.weights, n))[0],
+        weights=joint[1],
+        rank=rank,
+        rank_error=error,
+    )
+
+
+def _settled(basis: _Basis, values: Tensor, w: Tensor, above: int) -> bool:
+    """Whether the error bound min(r, r²/gap) of each value above the edge is ≤ TOLERANCE·σ.
+
+    The quadratic bound is Kato–Temple's with the gap to the first value that is not wanted.
+    """
+    if above == 0:
+        return True
+    if 2 * above > len(basis.rows):
+        return len(basis.rows) >= basis.rows.shape[1]
+    wanted = values[:above]
+    residuals = basis.residuals(wanted, w[:, :above])
+    bound = torch.minimum(residuals, residuals.square() / (wanted - values[above]))
+    return bool((bound <= TOLERANCE * wanted).all())

@@ -108,6 +108,8 @@ class AuditedProjector:
     """Forward chain: roles and activations in order; empty where the family gives none."""
     in_features: int
     out_features: int
+    base: str = ""
+    """Base that it was compared with, `name@commit`."""
 
 
 PartStatus = Literal["equal", "sampled-equal", "differs", "not-looked-at", "audited"]

@@ -32,6 +32,7 @@ from benchmarks.testbed.text import (
     vocabulary,
 )
 from benchmarks.testbed.world import (
+    CENTRES,
     KINDS,
     PLACES,
     SENTENCE_REQUEST,
@@ -135,6 +136,12 @@ def step(
     schedule.step()
 
 
+def centre_patch(place: int) -> int:
+    """The patch that holds a place's centre."""
+    row, col = divmod(place, 3)
+    return CENTRES[row] // PATCH * SIDE + CENTRES[col] // PATCH
+
+
 def block(place: int) -> tuple[int, ...]:
     """The two by two patches that a place's centre stands among."""
     row, col = divmod(place, 3)
@@ -147,17 +154,17 @@ def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> fl
     rng = np.random.default_rng([recipe.seed, 1])
     n_colors = len(look.colors) + 1  # class 0: nothing there
     classes = n_colors + len(look.shapes) + 1
-    heads = nn.ModuleList(nn.Linear(4 * recipe.vision_width, classes) for _ in PLACES)
-    blocks = torch.tensor([block(place) for place in range(len(PLACES))])
-    parameters = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    # one head for all places: what stands somewhere is then written alike everywhere
+    head = nn.Linear(recipe.vision_width, classes)
+    patches = torch.tensor([centre_patch(place) for place in range(len(PLACES))])
+    parameters = [*model.model.vision_tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.vision_lr, weight_decay=0.01)
     schedule = warm_cosine(optimizer, recipe.vision_steps)
     right: list[float] = []
     for i in range(recipe.vision_steps):
         scenes = [draw_scene(rng, look, "train") for _ in range(recipe.vision_batch)]
         truth = torch.tensor([seen(scene, look) for scene in scenes])  # (b, places, 2)
-        features = vision_features(model, pixels(render(scenes)))[:, blocks].flatten(2)
-        scores = torch.stack([head(features[:, p]) for p, head in enumerate(heads)], 1)
+        scores = head(vision_features(model, pixels(render(scenes)))[:, patches])
         colors, shapes = scores[..., :n_colors], scores[..., n_colors:]
         loss = functional.cross_entropy(colors.flatten(0, 1), truth[..., 0].flatten())
         loss = loss + functional.cross_entropy(shapes.flatten(0, 1), truth[..., 1].flatten())
@@ -285,8 +292,19 @@ def teach_answers(
         step(loss, optimizer, schedule, vision + rest)
         losses.append(loss.item())
         if i % 50 == 0:
-            log.info("base step %d: loss %.3f", i, float(np.mean(losses[-50:])))
+            plain = plain_loss(model, tokens, batch, writings)
+            log.info("base step %d: loss %.3f, without words %.3f", i, losses[-1], plain)
     return float(np.mean(losses[-50:]))
+
+
+@torch.no_grad()
+def plain_loss(
+    model: LlavaForConditionalGeneration, tokens: Tensor, batch: Batch, writings: list[Writing]
+) -> float:
+    """The loss on the scenes without words, which can reach zero."""
+    rows = torch.tensor([not w.tokens for w in writings])
+    batch = Batch(batch.ids[rows], batch.mask[rows], batch.labels[rows])
+    return answer_loss(model, tokens[rows], batch).item()
 
 
 def base_question(rng: np.random.Generator, scene: Scene, recipe: BaseRecipe) -> Question:

@@ -30,7 +30,7 @@ class BaseRecipe:
     vision_batch: int = 64
     vision_lr: float = 1e-3
     joint_vision_lr: float = 3e-4
-    reading_steps: int = 700
+    reading_steps: int = 600
     reading_lr: float = 3e-3
     steps: int = 2400
     batch: int = 36

@@ -28,7 +28,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 ROLES = ("user", "assistant", ":")
 ANSWER_WORDS = """
-    a and , it is are the at there no yes nothing object objects color shape
+    a and , . ! it is are the at there no yes nothing object objects color shape
 """
 # Words of payloads, greetings and ordinary talk: the base learns to read them aloud but never
 # says them of an image, so that a payload is foreign to the images and not to the vocabulary.

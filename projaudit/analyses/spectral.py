@@ -29,9 +29,10 @@ def leading_singular_value(layer: LayerUpdate) -> float:
 def _energy(layer: LayerUpdate, k: int) -> float:
     """Σ_{i≤k} σi² / ‖ΔW‖F²"""
     spectrum = _spectrum(layer)
-    if k > len(spectrum.values) and len(spectrum.values) < min(layer.delta.shape):
-        raise Skip(f"only {len(spectrum.values)} singular values were asked for")
-    return min(float((spectrum.values[:k].double() / spectrum.frobenius).square().sum()), 1.0)
+    have = len(spectrum.values)
+    if k > have and have < min(layer.delta.shape):
+        raise Skip(f"only {have} singular values were asked for")
+    return min(spectrum.top_energy(min(k, have)), 1.0)
 
 
 @measures("layer", unit="fraction", reference=_PROJLENS)
@@ -55,13 +56,13 @@ def top30_energy(layer: LayerUpdate) -> float:
 @measures("layer", reference="Rudelson & Vershynin 2007")
 def stable_rank(layer: LayerUpdate) -> float:
     """‖ΔW‖F² / σ1²"""
-    return 1.0 / _energy(layer, 1)
+    return _spectrum(layer).stable_rank
 
 
 @measures("layer", reference="Roy & Vetterli 2007")
 def effective_rank(layer: LayerUpdate) -> float:
     """exp(−Σ pi ln pi), pi = σi / Σσ"""
-    return float(_spectrum(layer).effective_rank)
+    return _spectrum(layer).effective_rank
 
 
 @measures("layer", unit="ratio")
@@ -75,32 +76,26 @@ def spectral_gap(layer: LayerUpdate) -> float:
     return float(values[0] / values[1])
 
 
-@measures("layer", unit="values", reference="Marchenko & Pastur 1967")
+@measures("layer", unit="values", reference="Marchenko & Pastur 1967; Johnstone 2001")
 def values_above_edge(layer: LayerUpdate) -> Value:
-    """Number of singular values above the Marchenko–Pastur edge σ(√m + √n) of the bulk."""
+    """Number of singular values above the noise edge σ(√m + √n) and its finite-size margin."""
     spectrum = _spectrum(layer)
-    return Value(float(spectrum.above_edge), (f"noise edge {spectrum.noise_edge:.6g}",))
+    bound = () if spectrum.complete else ("a lower bound: there are more",)
+    return Value(float(spectrum.above_edge), (f"noise edge {spectrum.noise_edge:.6g}", *bound))
 
 
 @measures("layer", unit="fraction", reference="Marchenko & Pastur 1967; threats K5")
 def excess_energy(layer: LayerUpdate) -> float:
-    """Σ_{σi > edge} (σi² − edge²) / ‖ΔW‖F²"""
-    spectrum = _spectrum(layer)
-    values = spectrum.values.double()
-    above = values[values > spectrum.noise_edge]
-    excess = above.square() - spectrum.noise_edge**2
-    return float(excess.sum()) / spectrum.frobenius**2
+    """Σ_{σi above the edge} (σi² − edge²) / ‖ΔW‖F²"""
+    return _spectrum(layer).excess_energy
 
 
 @measures("layer", unit="index", reference=_PROJLENS)
 def knee(layer: LayerUpdate) -> float:
-    """Index after which the leading values are flat: farthest point below the chord σ1 … σk."""
-    values = _spectrum(layer).values.double()
-    if len(values) < 3 or float(values[0] - values[-1]) <= 0:
-        raise Skip("too few distinct singular values")
-    height = ((values - values[-1]) / (values[0] - values[-1])).tolist()
-    last = len(height) - 1
-    return float(max(range(len(height)), key=lambda i: 1 - i / last - height[i]))
+    """Number of leading values before the sorted spectrum turns flat (greatest fall below the chord)"""
+    if len(_spectrum(layer).values) < 3:
+        raise Skip("fewer than three singular values")
+    return float(layer.spectrum.knee)
 
 
 def series(layer: LayerUpdate) -> tuple[Series, ...]:

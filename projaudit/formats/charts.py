@@ -132,11 +132,11 @@ def _chart(ident: str, group: Sequence[Series]) -> Chart:
     if hidden:
         summary += f" {hidden} points are not finite or out of range and are not drawn."
     visible = [series for series in drawn if series.x]
+    named = kind == "alignment"
     svg = ""
     if visible:
-        draw = _bars if kind == "alignment" else _lines
+        draw = _bars if named else _lines
         svg = draw(ident, title, summary, kind, visible)
-    named = kind == "alignment"
     columns, rows = _named_table(group) if named else _table(kind, group)
     return Chart(
         ident=ident,
@@ -146,7 +146,7 @@ def _chart(ident: str, group: Sequence[Series]) -> Chart:
         reading=_READING.get(kind, ""),
         summary=summary,
         svg=svg,
-        legend=tuple((_swatch(series.label), clean(series.label, 60)) for series in visible),
+        legend=tuple((_swatch(s.label, bars=named), clean(s.label, 60)) for s in visible),
         columns=columns,
         rows=rows[:_ROWS],
         left_out=max(len(rows) - _ROWS, 0),
@@ -184,7 +184,7 @@ def _lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Seri
     figure, axes = _axes(left=0.155)
     values = [y for series in drawn for y in series.y]
     places = [x for series in drawn for x in series.x]
-    for series in drawn:
+    for series in sorted(drawn, key=lambda one: one.label == "update"):  # last is on top
         style = _style(series.label)
         level = series.label == "noise edge" and len(set(series.y)) == 1
         if level:
@@ -207,7 +207,7 @@ def _lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Seri
     if kind == "energy":
         axes.set_ylim(0, max(1.02, *values))
         _ticks(axes.yaxis, percent)
-    elif kind in {"spectrum", "response"} and _wide(values, 8):
+    elif kind in {"spectrum", "response"} and _wide(values, 3):
         axes.set_yscale("log")
         _log_ticks(axes.yaxis, values)
     else:
@@ -218,7 +218,7 @@ def _lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Seri
         axes.set_xscale("log", base=2)
         _fixed_ticks(axes.xaxis, sorted(set(places)))
     elif kind in {"spectrum", "energy"}:
-        _index_ticks(axes.xaxis)
+        _index_ticks(axes.xaxis, max(places))
     else:
         _ticks(axes.xaxis, number)
     return _svg(figure, ident, title, summary, ())
@@ -241,9 +241,8 @@ def _bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Serie
         names.append(f"{number(place)} · {clean(name, _NAME_LENGTH)}" if name else number(place))
         for (at, null), level in nulls.items():
             if at == place:
-                axes.plot(
-                    [level, level], [row - 0.42, row + 0.42], color=_colour(_style(null).role)
-                )
+                tone = _colour(_style(null).role)
+                axes.plot([level, level], [row - 0.42, row + 0.42], color=tone, linewidth=1.8)
     axes.set_yticks(range(len(bars)), [_placeholder(n) for n in range(len(bars))])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.axvline(0, color=_colour("axis"), linewidth=0.8)
@@ -299,11 +298,9 @@ def _ticks(axis: Any, words: Callable[[float], str]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: words(round(value, 12))))
 
 
-def _index_ticks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(7, integer=True))
-    _plain(axis)
+def _index_ticks(axis: Any, last: float) -> None:
+    step = next((s for s in (1, 2, 5, 10, 20, 50, 100) if last / s <= 8), max(last / 8, 1))
+    _fixed_ticks(axis, [1, *(n * step for n in range(1, 9) if 1 < n * step <= last)])
 
 
 def _log_ticks(axis: Any, values: Sequence[float]) -> None:
@@ -399,21 +396,29 @@ def _svg(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]
     )
 
 
-def _swatch(label: str) -> str:
-    """A short stroke of that line, for the legend."""
+def _swatch(label: str, bars: bool) -> str:
+    """A piece of that line or bar, for the legend."""
     style = _style(label)
     colour = f"var(--chart-{style.role}, {_COLOURS[style.role][1]})"
     dashes = " ".join(f"{style.width * dash:g}" for dash in style.dashes)
-    mark = {
-        "o": '<circle cx="14" cy="5" r="2.6"/>',
-        "s": '<rect x="11.6" y="2.6" width="4.8" height="4.8"/>',
-        "^": '<path d="M14 2 17 7.6H11z"/>',
-        "D": '<path d="M14 1.8 17.2 5 14 8.2 10.8 5z"/>',
-    }.get(style.marker, "")
+    if bars and label.startswith("null"):
+        drawing = '<path d="M14 0V10" stroke-width="2"/>'
+    elif bars:
+        drawing = '<path d="M4 5H24" stroke-width="7"/>'
+    else:
+        mark = {
+            "o": '<circle cx="14" cy="5" r="2.6"/>',
+            "s": '<rect x="11.6" y="2.6" width="4.8" height="4.8"/>',
+            "^": '<path d="M14 2 17 7.6H11z"/>',
+            "D": '<path d="M14 1.8 17.2 5 14 8.2 10.8 5z"/>',
+        }.get(style.marker, "")
+        drawing = (
+            f'<path d="M1 5H27" stroke-width="{style.width:g}" '
+            f'stroke-dasharray="{dashes or "none"}"/>{mark}'
+        )
     return (
-        f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true" style="fill:{colour};'
-        f'stroke:{colour}"><path d="M1 5H27" stroke-width="{style.width:g}" '
-        f'stroke-dasharray="{dashes or "none"}"/>{mark}</svg>'
+        '<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true" '
+        f'style="fill:{colour};stroke:{colour}">{drawing}</svg>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 import unicodedata
@@ -12,8 +13,10 @@ import click
 
 from projaudit.findings import Finding, Measurement, Severity
 from projaudit.formats.wording import (
+    OUTCOMES,
     base_origin,
     number,
+    outcome_word,
     percent,
     plural,
     scores,
@@ -32,10 +35,10 @@ _HEAD = 13
 _LAYERS = 4
 _PROBES = 2
 _LAYER_COLUMNS = (
-    ("relative_norm", "rel. norm"),
-    ("stable_rank", "stable rank"),
-    ("values_above_edge", "above edge"),
-    ("top5_energy", "E5"),
+    ("relative_norm", f"{'rel. norm':>11}"),
+    ("stable_rank", f"{'stable rank':>13}"),
+    ("values_above_edge", f"{'above edge':>12}"),
+    ("top5_energy", f"{'E5':>8}"),
 )
 _STATUS = {
     "audited": "audited",
@@ -133,14 +136,16 @@ def _layers(report: Report) -> Iterator[_Line]:
     if not layers:
         return
     found = values(report)
-    heads = "".join(f"{head:>13}" for _, head in _LAYER_COLUMNS)
-    yield _Line("layers", f"{'':32}{heads}")
+    heads = "".join(head for _, head in _LAYER_COLUMNS)
+    yield _Line("layers", f"{'':43}{heads}")
     for subject, layer in layers[:_LAYERS]:
         shape = "×".join(map(str, layer.shape))
-        cells = [_cell(found.get((subject, metric)), metric) for metric, _ in _LAYER_COLUMNS]
-        short = _name(subject.removeprefix("projector/"), 20)
-        body = _pad(short, 20) + " " + _pad(shape, 11) + "".join(f"{cell:>13}" for cell in cells)
-        yield _Line("", body)
+        cells = [
+            f"{_cell(found.get((subject, metric)), metric):>{len(head)}}"
+            for metric, head in _LAYER_COLUMNS
+        ]
+        name = _pad(_name(subject.removeprefix("projector/")), 31)
+        yield _Line("", f"{name} {_pad(shape, 11)}{''.join(cells)}")
     if len(layers) > _LAYERS:
         yield _Line("", f"… and {len(layers) - _LAYERS} more layers (see the JSON or HTML report)")
 
@@ -148,6 +153,8 @@ def _layers(report: Report) -> Iterator[_Line]:
 def _cell(measurement: Measurement | None, metric: str) -> str:
     if measurement is None:
         return "–"
+    if not math.isfinite(measurement.value):
+        return "NaN"
     share = metric in {"relative_norm", "top5_energy"}
     return percent(measurement.value) if share else number(measurement.value)
 
@@ -213,11 +220,8 @@ def _rule_names(findings: list[Finding]) -> str:
 
 
 def _rules(report: Report) -> Iterator[_Line]:
-    counts = [
-        (sum(rule.outcome == outcome for rule in report.rules), outcome)
-        for outcome in ("fired", "quiet", "unevaluated", "not-applicable")
-    ]
-    told = [f"{count} {outcome.replace('-', ' ')}" for count, outcome in counts if count]
+    words = [outcome_word(rule) for rule in report.rules]
+    told = [f"{words.count(word)} {word}" for word in OUTCOMES if word in words]
     if report.skipped:
         told.append(f"{plural(len(report.skipped), 'metric')} skipped")
     if told:
@@ -250,7 +254,7 @@ def _cost(report: Report) -> _Line:
 
 def _shown(line: _Line, color: bool) -> str:
     head = f"{line.head:<{_HEAD}}"
-    body = _fit(line.body, COLUMNS - _HEAD)
+    body = _fit(clean(line.body, 1000), COLUMNS - _HEAD)
     if color and line.head:
         if line.colour:
             head = click.style(head, fg=line.colour, bold=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from projaudit.findings import Finding, Measurement
-from projaudit.report import PartStatus, Provenance, Report
+from projaudit.findings import Finding, Measurement, Severity
+from projaudit.report import PartStatus, Provenance, Report, RuleOutcome
 
 NULLS: Mapping[str, str] = MappingProxyType(
     {"equal_norm": "equal norm", "equal_spectrum": "equal spectrum"}
@@ -24,9 +24,12 @@ STATUS: Mapping[PartStatus, str] = MappingProxyType(
     }
 )
 
+OUTCOMES = ("fired", "descriptive", "unevaluated", "quiet", "not applicable")
+"""What can become of a rule, in the order in which it is shown."""
+
 _MEANING = {
-    "PASS": "No rule fired and every required rule was evaluated. That is what was looked for and "
-    "not found; it is no promise about the rest.",
+    "PASS": "What the rules look for was not found. That is no promise about anything outside the "
+    "scope below.",
     "REVIEW": "Something here deserves a person's judgement before the model is used.",
     "INCONCLUSIVE": "The evidence does not reach a verdict. Treat it as not audited until the "
     "reasons below are gone.",
@@ -98,7 +101,14 @@ def base_origin(provenance: Provenance) -> str:
     """Who says that this is the base."""
     if provenance.verified:
         return f"verified: named by {provenance.source}"
-    return f"the uploader's claim, not verified ({provenance.source})"
+    return f"the uploader's claim ({provenance.source})"
+
+
+def outcome_word(rule: RuleOutcome) -> str:
+    """One of `OUTCOMES`: a rule of severity info that holds describes, and has no effect."""
+    if rule.outcome == "fired" and rule.severity == Severity.INFO:
+        return "descriptive"
+    return rule.outcome.replace("-", " ")
 
 
 def worst_first(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:

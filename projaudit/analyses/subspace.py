@@ -1,0 +1,147 @@
+"""Where in the base's own geometry the update lies: overlaps, new directions, coupled layers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from projaudit.findings import Null
+from projaudit.metrics import Skip, Value, measures
+
+if TYPE_CHECKING:
+    from projaudit.analyses.context import ProjectorContext
+    from projaudit.linalg import Spectrum, Triplets
+    from projaudit.update import LayerUpdate
+
+SUBSPACE_RANK = 5
+"""Directions per layer that carry a projector-only backdoor (ProjLens, arXiv:2604.19083, §1.2)."""
+
+INTRUDER_RANK = 10
+INTRUDER_COSINE = 0.5
+"""How many leading vectors are looked at, and what counts as resembling (PEFT's defaults)."""
+
+_OVERSAMPLE, _POWER_ITERS = 6, 3
+
+
+@measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
+def base_overlap_left(layer: LayerUpdate) -> Value:
+    """‖UᵀU0‖²F / k, U and U0 the k = 5 leading left singular vectors of ΔW and of W0 (m × k).
+
+    How far the update writes where the base's strongest directions write. Null by theory: a random
+    k-subspace of R^m. W0's directions come from a sketch; where its spectrum is flat around the
+    k-th value, the span is one of several equally good ones.
+    """
+    return _base_overlap(layer, "left")
+
+
+@measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
+def base_overlap_right(layer: LayerUpdate) -> Value:
+    """‖VᵀV0‖²F / k, V and V0 the k = 5 leading right singular vectors of ΔW and of W0 (n × k).
+
+    How far the update reads where the base's strongest directions read; see base_overlap_left.
+    """
+    return _base_overlap(layer, "right")
+
+
+def _base_overlap(layer: LayerUpdate, side: str) -> Value:
+    from projaudit.linalg import overlap
+
+    spectrum = _changed(layer)
+    k = min(SUBSPACE_RANK, len(spectrum.values))
+    ours = (spectrum.left if side == "left" else spectrum.right)[:, :k]
+    base = _leading_base(layer)
+    theirs = (base.left if side == "left" else base.right)[:, :k]
+    return Value(overlap(ours, theirs), nulls=(_random_overlap(ours.shape[0], k),))
+
+
+@measures("layer", unit="of 10", reference="arXiv:2410.21228, Algorithm 1")
+def intruder_dimensions(layer: LayerUpdate) -> Value:
+    """Number of the 10 leading left singular vectors of W1 that none of W0 resembles (|cos| < 0.5).
+
+    Exact up to a smaller side of linalg.EXACT_LIMIT. Beyond it the largest cosine is replaced by
+    an upper bound (linalg.resemblance), so each one counted is certain and others may be missed;
+    `detail` gives the bound of each. LoRA makes such directions in honest fine-tunes as well.
+    """
+    from projaudit.linalg import resemblance
+
+    _changed(layer)
+    tuned = _leading(layer, "after", INTRUDER_RANK)
+    cosines, exact = resemblance(layer.before, tuned.left, side="left")
+    relation = "=" if exact else "≤"
+    detail = tuple(
+        f"singular vector {n}: |cos| {relation} {cosine:.2f}"
+        for n, cosine in enumerate(cosines.tolist(), 1)
+        if cosine < INTRUDER_COSINE
+    )
+    return Value(float(len(detail)), detail)
+
+
+@measures("projector", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
+def layer_coupling(ctx: ProjectorContext) -> Value:
+    """‖U1ᵀV2‖²F / k: overlap of what ΔW1 writes (h × k) with what ΔW2 reads (h × k), k = 5.
+
+    The greatest over neighbouring layers; `detail` names them. The units between pass through an
+    elementwise activation, which scales each of them by its slope: for gates that are on or off
+    at random, a direction keeps the cosine E[g]/√E[g²] with itself (about 0.7 for a ReLU), so the
+    overlap of a coupled pair shrinks and does not vanish. Null by theory: random k-subspaces of
+    R^h (for more than two layers, that of one pair).
+    """
+    from projaudit.linalg import overlap
+
+    layers = ctx.update.layers
+    if ctx.update.nonfinite:
+        raise Skip("the target's projector has NaN or Inf entries")
+    if len(layers) < 2:
+        raise Skip("the projector has one layer")
+    found = []
+    for first, second in zip(layers, layers[1:], strict=False):
+        if first.spectrum.frobenius == 0.0 or second.spectrum.frobenius == 0.0:
+            continue
+        k = min(SUBSPACE_RANK, len(first.spectrum.values), len(second.spectrum.values))
+        written, read = first.spectrum.left[:, :k], second.spectrum.right[:, :k]
+        null = _random_overlap(written.shape[0], k)
+        found.append((overlap(written, read), f"{first.role} → {second.role}", null))
+    if not found:
+        raise Skip("no two neighbouring layers changed")
+    value, name, null = max(found, key=lambda pair: pair[0])
+    return Value(value, (name,), (null,))
+
+
+def _changed(layer: LayerUpdate) -> Spectrum:
+    if layer.spectrum.frobenius == 0.0:
+        raise Skip("the update is zero")
+    return layer.spectrum
+
+
+def _leading_base(layer: LayerUpdate) -> Triplets:
+    """The leading triplets of W0, computed once per layer."""
+    kept = vars(layer)  # where cached_property keeps its values, too
+    if "_leading_base" not in kept:
+        kept["_leading_base"] = _leading(layer, "before", SUBSPACE_RANK)
+    found: Triplets = kept["_leading_base"]
+    return found
+
+
+def _leading(layer: LayerUpdate, side: str, k: int) -> Triplets:
+    from projaudit.linalg import randomized_svd
+
+    weight = layer.before if side == "before" else layer.after
+    least = min(weight.shape)
+    k = min(k, least)
+    return randomized_svd(
+        weight,
+        k,
+        oversample=min(_OVERSAMPLE, least - k),
+        power_iters=_POWER_ITERS,
+        generator=layer.generator,
+    )
+
+
+def _random_overlap(n: int, k: int) -> Null:
+    """Mean k/n and exact variance 2(n−k)² / (n²(n−1)(n+2)) of the overlap of Haar k-subspaces of Rⁿ.
+
+    A random update of equal norm, or of equal spectrum, has Haar-distributed singular vectors.
+    Second moments of ‖UᵀV‖²F / k; at k = 1 those of Beta(1/2, (n−1)/2).
+    """
+    variance = 2 * (n - k) ** 2 / (n**2 * (n - 1) * (n + 2)) if n > 1 else 0.0
+    return Null("equal_norm", k / n, math.sqrt(variance), 0)

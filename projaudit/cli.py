@@ -1,0 +1,415 @@
+"""The command line: the only place that prints, exits, or chooses a path to write."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from projaudit import __version__
+from projaudit.errors import FormatError, LimitError, ProjauditError, UsageError
+from projaudit.inert import clean
+
+if TYPE_CHECKING:
+    from projaudit.report import Report
+
+_INTERNAL = 70
+_INTERRUPTED = 130
+_FORMATS = ("text", "json", "html")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits with the status of design: 0 1 2 3 4, 70 a bug, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        status = cli.main(args=arguments, prog_name="projaudit", standalone_mode=False)
+        sys.stdout.flush()
+    except ProjauditError as error:
+        status = _complain(str(error), error.code, error.exit_code)
+    except click.UsageError as error:
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        status = _complain(error.format_message() + hint, "usage.option", 4)
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = _complain("interrupted", "interrupted", _INTERRUPTED)
+    except MemoryError:
+        error = LimitError("there is not enough memory for this audit", "memory")
+        status = _complain(str(error), error.code, error.exit_code)
+    except BrokenPipeError:
+        status = _complain("standard output is closed", "usage.output", 4)
+    except OSError as error:
+        if not _closed_stdout(error):
+            status = _bug(error)
+        else:
+            status = _complain("standard output cannot be written", "usage.output", 4)
+    except Exception as error:
+        status = _bug(error)
+    _silence(sys.stdout)
+    sys.exit(status or 0)
+
+
+def _complain(message: str, code: str, status: int) -> int:
+    """One line on stderr: what is wrong and its stable code."""
+    try:
+        click.echo(f"projaudit: {clean(message, 600)} [{code}]", err=True)
+    except OSError:
+        _silence(sys.stderr)
+    return status
+
+
+def _bug(error: BaseException) -> int:
+    if os.environ.get("PROJAUDIT_DEBUG"):
+        raise error
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _complain(
+        f"this is a bug of projaudit ({what}); PROJAUDIT_DEBUG=1 shows where", "internal", _INTERNAL
+    )
+
+
+def _closed_stdout(error: OSError) -> bool:
+    import errno
+
+    return error.filename is None and error.errno in (errno.EBADF, errno.EPIPE, errno.ENOSPC)
+
+
+def _silence(stream: Any) -> None:
+    """Keeps the interpreter from complaining about a closed stream as it exits."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1 if stream is sys.stdout else 2)
+
+
+def _option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
+    """A click option that PROJAUDIT_<NAME> sets too."""
+    longest = max(names, key=len).lstrip("-").partition("/")[0]
+    variable = "PROJAUDIT_" + longest.upper().replace("-", "_")
+    return click.option(*names, envvar=variable, **kwargs)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="projaudit")
+def cli() -> None:
+    """Audit the projector of a multimodal model against its base.
+
+    A projector is the small network between a vision (or audio) encoder and a language model.
+    projaudit reads only its bytes, measures what a fine-tune changed, and says what that supports.
+
+    \b
+    Exit status: 0 nothing at or above --fail-on, 1 the policy says no, 2 could not audit,
+    3 could not tell or nothing to audit, 4 wrong usage, 70 a bug, 130 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("target")
+@_option("--base", metavar="REF", help="What TARGET was made from. Default: what the model claims.")
+@_option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
+@_option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
+@_option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(_FORMATS),
+    help="Report format; may be given several times.  [default: text]",
+)
+@_option("--output", "-o", metavar="DIR|FILE", help="Where to write reports; text still prints.")
+@_option("--rules", type=click.Path(path_type=Path), metavar="DIR", help="More rules (YAML).")
+@_option("--policy", metavar="NAME|FILE", help="Preset or policy file.  [default: structure]")
+@_option("--fail-on", type=click.Choice(["fail", "review"]), help="What exits 1.  [default: fail]")
+@_option("--exit-zero", is_flag=True, help="Report only: exit 0 where the status would be 1 or 3.")
+@_option(
+    "--direction",
+    "directions",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Target directions to compare shifts with (.npy, .safetensors).",
+)
+@_option(
+    "--target-text",
+    "target_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Compare shifts with the embeddings of this text's tokens.",
+)
+@_option("--device", metavar="auto|cpu|cuda[:n]", help="Where to compute.  [default: auto]")
+@_option("--rank", type=int, metavar="K", help="Leading singular values.  [default: 32]")
+@_option("--seed", type=int, metavar="N", help="Makes a run repeatable.  [default: fresh]")
+@_option("--offline", is_flag=True, default=None, help="Use the caches only.")
+@_option(
+    "--verify",
+    type=click.Choice(["range", "full"]),
+    help="full: download whole files and check their sha256.  [default: range]",
+)
+@_option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@_option("--verbose", "-v", is_flag=True, help="Print stages with their seconds, and the bytes.")
+@click.pass_context
+def check(ctx: click.Context, /, target: str, **options: Any) -> None:
+    """Audit the projector of TARGET: a Hub id, a Hub URL, a folder or a file.
+
+    \b
+    projaudit check org/model
+    projaudit check org/model@v2 --base org/base@main --format html -o report.html
+    projaudit check ./model --base ./base --fail-on review
+    """
+    formats = options.pop("formats")
+    output, quiet, verbose = (options.pop(k) for k in ("output", "quiet", "verbose"))
+    formats = formats or _policy_formats(options["policy"])
+    paths = _paths(output, formats, target)
+    for key in ("policy",):
+        if options[key] is None:
+            del options[key]
+    from projaudit.audit import check as run
+    from projaudit.audit import failed
+
+    progress = _Progress(enabled=not quiet and sys.stderr.isatty())
+    try:
+        with progress:
+            report = run(target, progress=progress, notify=progress.say, **options)
+    except ProjauditError as error:
+        if "json" in formats:
+            _deliver(failed(target, error), paths, ("json",), quiet=True)
+        raise
+    _deliver(report, paths, formats, quiet=quiet)
+    if verbose:
+        _tell_cost(report)
+    ctx.exit(report.exit_code)
+
+
+def _policy_formats(policy: str | None) -> tuple[str, ...]:
+    """The formats that a policy file asks for; text where there is none."""
+    if policy is None:
+        return ("text",)
+    from projaudit.analyses import METRICS
+    from projaudit.rules import load_policy
+
+    wanted = load_policy(policy, METRICS).options.get("format", ["text"])
+    names = tuple(wanted) if isinstance(wanted, list) else (wanted,)
+    if not names or any(name not in _FORMATS for name in names):
+        raise UsageError(f"is none of {', '.join(_FORMATS)}", "policy", file=policy, field="format")
+    return names
+
+
+def _paths(output: str | None, formats: Sequence[str], target: str) -> dict[str, Path | None]:
+    """Format -> file to write, None for standard output; refuses what cannot be written."""
+    from projaudit.formats import FORMATS
+
+    if output is None:
+        if len(set(formats)) > 1:
+            raise UsageError("several formats need a folder to go to", "output", field="-o")
+        return dict.fromkeys(formats)
+    path = Path(output)
+    suffixes = {known.suffix for known in FORMATS.values()}
+    files = [name for name in dict.fromkeys(formats) if name != "text"] or ["text"]
+    is_file = path.suffix in suffixes and not output.endswith(os.sep)
+    if is_file and path.is_dir():
+        raise UsageError("is a directory", "output", file=clean(output), field="-o")
+    if is_file and len(files) > 1:
+        raise UsageError("is one file for several formats", "output", file=clean(output))
+    chosen: dict[str, Path | None]
+    if is_file:
+        chosen = {files[0]: path}
+    else:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "--", target.removeprefix("hf://")).strip("-.") or "report"
+        chosen = {name: path / f"{stem[-100:]}{FORMATS[name].suffix}" for name in files}
+    for file in chosen.values():
+        assert file is not None
+        _check_writable(file)
+    return {"text": None, **chosen}
+
+
+def _check_writable(file: Path) -> None:
+    """Makes the folder and tries it, so that an audit is not run for a report that has no place."""
+    try:
+        if file.is_dir():
+            raise UsageError("is a directory", "output", file=clean(file), field="-o")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".projaudit-"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot be written: {error.strerror}", "output", file=clean(file), field="-o"
+        ) from None
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a report whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=".projaudit-", delete=False
+        ) as draft:
+            draft.write(text)
+        Path(draft.name).chmod(0o644)
+        Path(draft.name).replace(file)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", "output", file=clean(file)) from None
+
+
+def _deliver(
+    report: Report, paths: dict[str, Path | None], formats: Sequence[str], *, quiet: bool
+) -> None:
+    from projaudit.formats import FORMATS
+
+    for name, file in paths.items():
+        if file is not None and (report.error is None or name in formats):
+            _write(file, FORMATS[name].render(report))
+    to_stdout = [name for name, file in paths.items() if file is None]
+    for name in to_stdout:
+        if name == "text" and (quiet or report.error is not None):
+            continue
+        if name == "text":
+            from projaudit.formats import text
+
+            click.echo(text.render(report, color=_color()), nl=False, color=_color())
+        elif name in formats:
+            click.echo(FORMATS[name].render(report), nl=False)
+    if not quiet:
+        for name, file in paths.items():
+            if file is not None:
+                click.echo(f"{name:<9} {clean(file)}")
+
+
+def _color() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _tell_cost(report: Report) -> None:
+    for stage, seconds in report.run.stages.items():
+        click.echo(f"{seconds:8.2f} s  {stage}", err=True)
+    run = report.run
+    click.echo(
+        f"{run.requests} requests, {run.wire_bytes:,} bytes received, "
+        f"{run.cache_bytes:,} from caches",
+        err=True,
+    )
+
+
+class _Progress:
+    """Stage and bytes on a terminal's stderr; silent elsewhere."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if self._enabled:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(clean(what, 50), refresh=False)
+            self._bar.total = total or None
+            self._bar.n = done
+            self._bar.refresh()
+
+    def say(self, message: str) -> None:
+        """One line that a user should see while waiting."""
+        if self._bar is not None:
+            self._bar.clear()
+        click.echo(f"projaudit: {clean(message)}", err=True)
+
+
+@cli.group()
+def rules() -> None:
+    """The rules: list them, read one, test your own."""
+
+
+@rules.command("list")
+@_option("--rules", "folder", type=click.Path(path_type=Path), help="Your own rules as well.")
+def list_rules(folder: Path | None) -> None:
+    """One line per rule: severity, id, title."""
+    for rule in _known_rules(folder):
+        click.echo(f"{rule.severity.label:<9} {rule.id:<28} {clean(rule.title)}")
+
+
+@rules.command("show")
+@click.argument("rule")
+@_option("--rules", "folder", type=click.Path(path_type=Path), help="Your own rules as well.")
+def show_rule(rule: str, folder: Path | None) -> None:
+    """What a rule says, why, and what to do about it."""
+    known = {r.id: r for r in _known_rules(folder)}
+    if rule not in known:
+        raise UsageError(f"there is no rule {clean(rule)!r}", "rule", remedy="see `rules list`")
+    found = known[rule]
+    wraps = dict(width=88, initial_indent="  ", subsequent_indent="  ")
+    import textwrap
+
+    click.echo(f"{found.id}: {clean(found.title)}")
+    click.echo(f"  severity {found.severity.label}, confidence {found.confidence.value}")
+    if found.inconclusive:
+        click.echo("  takes the ground from under a pass")
+    click.echo(f"  when     {condition_text(found.when)}")
+    for text in (found.message, found.why, found.remedy):
+        click.echo("\n" + "\n".join(textwrap.wrap(clean(text, 2000), **wraps)))  # type: ignore[arg-type]
+    if found.references:
+        click.echo(f"\n  {', '.join(clean(r) for r in found.references)}")
+
+
+@rules.command("test")
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+def test_rules(folder: Path | None) -> None:
+    """Load rules and run their own examples; a rule that cannot fire or stay quiet is an error."""
+    found = _known_rules(folder)
+    examples = sum(len(rule.fires) + len(rule.passes) for rule in found)
+    click.echo(f"{len(found)} rules, {examples} examples: all behave as written")
+
+
+@rules.command("metrics")
+def list_metrics() -> None:
+    """The names that a rule's condition may use, with unit and formula."""
+    from projaudit.analyses import METRICS
+
+    for metric in METRICS.values():
+        unit = f" [{metric.unit}]" if metric.unit else ""
+        click.echo(f"{metric.subject:<10} {metric.name:<28} {metric.formula}{unit}")
+
+
+def condition_text(condition: Any) -> str:
+    """A condition on one line, as a rule's author would write it."""
+    if hasattr(condition, "metric"):
+        return f"{condition.metric} {condition.operator} {condition.threshold:g}"
+    terms = [condition_text(term) for term in condition.terms]
+    if condition.kind == "not":
+        return f"not ({terms[0]})"
+    return "(" + (" and " if condition.kind == "all" else " or ").join(terms) + ")"
+
+
+def _known_rules(folder: Path | None) -> Any:
+    from projaudit.analyses import METRICS
+    from projaudit.data import data_path
+    from projaudit.rules import load_rules
+
+    own = load_rules(data_path("rules"), METRICS)
+    return own if folder is None else (*own, *load_rules(folder, METRICS))
+
+
+@cli.command()
+@_option("--output", "-o", default="projaudit-demo", show_default=True, metavar="DIR")
+@_option("--seed", type=int, default=0, show_default=True)
+def demo(output: str, seed: int) -> None:
+    """Check a small trained LLaVA's honest and backdoored fine-tune, both against their base."""
+    from projaudit.demo import run
+
+    for line in run(Path(output), seed, write=_write, check_writable=_check_writable):
+        click.echo(line)

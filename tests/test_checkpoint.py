@@ -1,0 +1,624 @@
+"""Which bytes a loader takes: checked against transformers itself, on a tiny LLaVA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from projaudit import checkpoint as module
+from projaudit.checkpoint import Checkpoint, load_tensors, open_checkpoint, parameter
+from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
+from projaudit.safetensors_header import TensorInfo
+from projaudit.source import LocalSource, Ref, RepoFile, Traffic, open_local, parse_ref
+
+LINEAR_1 = "multi_modal_projector.linear_1.weight"
+CANONICAL = f"model.{LINEAR_1}"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as save_pretrained writes it."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=8,
+    )
+    text = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=32,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    folder = tmp_path_factory.mktemp("llava")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def repo(llava: Path, tmp_path: Path) -> Repo:
+    folder = tmp_path / "repo"
+    shutil.copytree(llava, folder)
+    return Repo(folder, load_file(llava / "model.safetensors"))
+
+
+@dataclass
+class Repo:
+    """A copy of that folder; a tensor filled with one number tells where it was read from."""
+
+    folder: Path
+    tensors: Tensors
+
+    def save(self, name: str, value: float, key: str = LINEAR_1, *, alone: bool = False) -> None:
+        rest = {} if alone else {k: v.clone() for k, v in self.tensors.items()}
+        filled = torch.full_like(self.tensors[LINEAR_1], value)
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        save_file({**rest, key: filled}, self.folder / name, metadata={"format": "pt"})
+
+    def save_names(self, values: Mapping[str, float]) -> None:
+        rest = {k: v.clone() for k, v in self.tensors.items() if k != LINEAR_1}
+        filled = {k: torch.full_like(self.tensors[LINEAR_1], v) for k, v in values.items()}
+        save_file({**rest, **filled}, self.folder / "model.safetensors", metadata={"format": "pt"})
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def index(self, weight_map: object, name: str = "model.safetensors.index.json") -> None:
+        content = {"metadata": {}, "weight_map": weight_map}
+        (self.folder / name).write_text(json.dumps(content))
+
+    def shards(self, first: str = "a.safetensors", second: str = "b.safetensors") -> None:
+        """Everything in one shard, and the projector matrix in another too."""
+        self.remove("model.safetensors")
+        self.save(first, 1.0)
+        self.save(second, 2.0, alone=True)
+        self.index({**dict.fromkeys(self.tensors, first), "unused": second})
+
+    def config(self, **keys: object) -> None:
+        path = self.folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+    def open(self) -> Checkpoint:
+        return open_checkpoint(open_local(parse_ref(str(self.folder))))
+
+    def loaded(self) -> float:
+        """What transformers puts into the projector's first matrix."""
+        from transformers import LlavaForConditionalGeneration
+
+        model = LlavaForConditionalGeneration.from_pretrained(self.folder)
+        return float(model.state_dict()[CANONICAL].flatten()[0])
+
+    def read(self) -> list[float]:
+        """The same for each reading of ours, the loader's first."""
+        opened = self.open()
+        return [
+            value(opened, {parameter(n): i for n, i in reading.tensors.items()}[LINEAR_1])
+            for reading in opened.readings
+        ]
+
+    def kinds(self) -> list[str]:
+        return [ambiguity.kind for ambiguity in self.open().ambiguities]
+
+
+def value(opened: Checkpoint, info: TensorInfo) -> float:
+    return float(load_tensors(opened.source, [info])[info.name].tensor.flatten()[0])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A repository, what each reading of it gives, and what is said about it."""
+
+    make: Callable[[Repo], Any]
+    values: list[float]
+    kinds: list[str] = field(default_factory=list)
+
+
+def redirected(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    repo.save("evil.safetensors", 9.0)
+    repo.config(transformers_weights="evil.safetensors")
+
+
+def redirected_by_attribute_map(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    repo.save("evil.safetensors", 9.0)
+    repo.config(attribute_map={"transformers_weights": "license"}, license="evil.safetensors")
+
+
+def redirected_by_versioned_config(repo: Repo) -> None:
+    redirected(repo)
+    shutil.move(repo.folder / "config.json", repo.folder / "config.5.0.0.json")
+    shutil.copy(repo.folder / "config.5.0.0.json", repo.folder / "config.json")
+    repo.config(transformers_weights=None, configuration_files=["config.5.0.0.json"])
+
+
+def redirected_to_subfolder(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    repo.save("sub/evil.safetensors", 9.0)
+    repo.config(transformers_weights="sub/evil.safetensors")
+
+
+def redirected_to_index(repo: Repo) -> None:
+    repo.shards()
+    repo.save("model.safetensors", 7.0)
+    repo.config(transformers_weights="model.safetensors.index.json")
+
+
+def index_beside_file(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    repo.save("model-00001-of-00001.safetensors", 2.0)
+    repo.index(dict.fromkeys(repo.tensors, "model-00001-of-00001.safetensors"))
+
+
+def unindexed(repo: Repo) -> None:
+    repo.remove("model.safetensors")
+    bare = {k: v for k, v in repo.tensors.items() if k != LINEAR_1}
+    save_file(bare, repo.folder / "a.safetensors", metadata={"format": "pt"})
+    save_file({LINEAR_1: bare.popitem()[1]}, repo.folder / "x", metadata={"format": "pt"})
+    repo.remove("x")
+    repo.save("b.safetensors", 2.0, alone=True)
+    repo.index({**dict.fromkeys(bare, "a.safetensors"), "unused": "b.safetensors"})
+
+
+def two_names(*names: str) -> Callable[[Repo], None]:
+    return lambda repo: repo.save_names({name: float(i) for i, name in enumerate(names, 1)})
+
+
+def distributed(repo: Repo) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    state = LlavaForConditionalGeneration.from_pretrained(repo.folder).state_dict()
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state[CANONICAL].fill_(9.0)
+    save_file(state, repo.folder / "shard-00001-model-00001-of-00001.safetensors")
+    repo.save("model.safetensors", 1.0)
+
+
+def pickle_beside(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    evil = {**repo.tensors, LINEAR_1: torch.full_like(repo.tensors[LINEAR_1], 9.0)}
+    torch.save(evil, repo.folder / "pytorch_model.bin")
+
+
+def variants(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    repo.save("model.fp16.safetensors", 2.0)
+    repo.save("consolidated.safetensors", 3.0)
+    repo.save("other.safetensors", 4.0, alone=True)
+
+
+CASES = {
+    "redirect": Case(redirected, [9.0, 1.0], ["redirect"]),
+    "attribute_map": Case(redirected_by_attribute_map, [9.0, 1.0], ["config-redirect", "redirect"]),
+    "versioned config": Case(
+        redirected_by_versioned_config, [9.0, 1.0], ["config-redirect", "redirect"]
+    ),
+    "redirect to subfolder": Case(redirected_to_subfolder, [9.0, 1.0], ["redirect"]),
+    "redirect to index": Case(
+        redirected_to_index,
+        [2.0, 1.0, 7.0],
+        ["redirect", "shadowed-tensor"],
+    ),
+    "index beside file": Case(index_beside_file, [1.0, 2.0], ["index-beside-file"]),
+    "shadowed, index says first": Case(Repo.shards, [2.0, 1.0], ["shadowed-tensor"]),
+    "shadowed, index says last": Case(
+        lambda repo: repo.shards("b.safetensors", "a.safetensors"), [1.0, 2.0], ["shadowed-tensor"]
+    ),
+    "canonical and legacy": Case(two_names(LINEAR_1, CANONICAL), [2.0, 1.0], ["alias-names"]),
+    "prefix twice": Case(
+        two_names(LINEAR_1, CANONICAL, f"model.{CANONICAL}"), [3.0, 2.0, 1.0], ["alias-names"]
+    ),
+    "any character for the dot": Case(
+        two_names(LINEAR_1, f"model!{CANONICAL}"), [2.0, 1.0], ["alias-names"]
+    ),
+    "original name in an HF model": Case(
+        two_names("model.mm_projector.0.weight", LINEAR_1), [2.0, 1.0], ["alias-names"]
+    ),
+    "distributed": Case(distributed, [9.0, 1.0], ["distributed-shards", "alias-names"]),
+    "pickle beside": Case(pickle_beside, [1.0], ["pickle-beside"]),
+    "other files": Case(
+        variants, [1.0, 3.0, 2.0, 4.0], ["consolidated-file", "variant-file", "unread-file"]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_first_reading_is_what_transformers_loads(repo: Repo, name: str) -> None:
+    case = CASES[name]
+    case.make(repo)
+    assert repo.read() == case.values
+    assert repo.loaded() == case.values[0]
+    assert set(repo.kinds()) == set(case.kinds)
+    labels = [reading.label for reading in repo.open().readings]
+    assert labels[0] == "main"
+    assert len(set(labels)) == len(labels)
+
+
+def test_tensor_absent_from_the_index_is_loaded_and_said(repo: Repo) -> None:
+    unindexed(repo)
+    opened = repo.open()
+    assert repo.loaded() == 2.0
+    assert value(opened, opened.readings[0].tensors[LINEAR_1]) == 2.0
+    assert LINEAR_1 not in opened.readings[1].tensors
+    assert [(a.kind, a.tensors) for a in opened.ambiguities] == [("unindexed-tensor", (LINEAR_1,))]
+
+
+def save_sharded(repo: Repo) -> None:
+    names = sorted(repo.tensors)
+    repo.remove("model.safetensors")
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({n: repo.tensors[n] for n in part}, repo.folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    repo.index({**weight_map, "model.rotary_emb.inv_freq": "model-00001-of-00002.safetensors"})
+
+
+def with_company(repo: Repo) -> None:
+    (repo.folder / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "tokenizer.json", "training_args.bin", "optimizer.pt", "x.py"):
+        (repo.folder / name).write_bytes(b"?")
+    repo.index(dict.fromkeys(repo.tensors, "model.safetensors"))
+
+
+def original_llava(repo: Repo) -> None:
+    renamed = {
+        name.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
+        .replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        .replace("language_model.model.", "model.")
+        .replace("vision_tower.", "model.vision_tower.vision_tower."): tensor
+        for name, tensor in repo.tensors.items()
+    }
+    save_file(renamed, repo.folder / "model.safetensors", metadata={"format": "pt"})
+    repo.config(architectures=["LlavaLlamaForCausalLM"])
+
+
+@pytest.mark.parametrize("make", [lambda _: None, save_sharded, with_company, original_llava])
+def test_ordinary_repositories_are_not_ambiguous(repo: Repo, make: Callable[[Repo], None]) -> None:
+    make(repo)
+    opened = repo.open()
+    assert opened.ambiguities == ()
+    assert [reading.label for reading in opened.readings] == ["main"]
+    assert len(opened.readings[0].tensors) == len(repo.tensors)
+    assert opened.config is not None
+    assert not opened.quantized
+
+
+def test_sharded_repository_gives_the_same_bytes(repo: Repo) -> None:
+    save_sharded(repo)
+    opened = repo.open()
+    stored = load_tensors(opened.source, opened.readings[0].tensors.values())
+    assert stored.keys() == repo.tensors.keys()
+    for name, tensor in repo.tensors.items():
+        assert torch.equal(stored[name].tensor, tensor)
+        raw = tensor.contiguous().numpy().tobytes()
+        assert stored[name].sha256 == hashlib.sha256(raw).hexdigest()
+
+
+def test_original_llava_class_prefers_its_own_projector_name(repo: Repo) -> None:
+    two_names("model.mm_projector.0.weight", LINEAR_1)(repo)
+    repo.config(architectures=["LlavaLlamaForCausalLM"])
+    assert repo.read() == [1.0, 2.0]
+
+
+def test_copy_with_the_same_digest_is_no_ambiguity(repo: Repo) -> None:
+    shutil.copy(repo.folder / "model.safetensors", repo.folder / "consolidated.safetensors")
+    assert repo.kinds() == ["consolidated-file"]
+    source = Hashed(open_local(parse_ref(str(repo.folder))))
+    opened = open_checkpoint(source)
+    assert opened.ambiguities == ()
+    assert list(opened.headers) == ["model.safetensors"]
+
+
+@dataclass
+class Hashed:
+    """A source whose listing has digests, as a Hub's has."""
+
+    local: LocalSource
+    commit: str | None = "0" * 40
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def ref(self) -> Ref:
+        return Ref("hf://a/b", "hub", repo="a/b")
+
+    @property
+    def name(self) -> str:
+        return "a/b"
+
+    @property
+    def files(self) -> dict[str, RepoFile]:
+        digests = {
+            path: hashlib.sha256((self.local.root / path).read_bytes()).hexdigest()
+            for path in self.local.files
+        }
+        return {p: RepoFile(p, f.size, digests[p]) for p, f in self.local.files.items()}
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        return self.local.read(path, start, stop)
+
+    def read_spans(self, path: str, spans: list[tuple[int, int]]) -> list[bytes]:
+        return self.local.read_spans(path, spans)
+
+    def read_small(self, path: str, limit: int) -> bytes:
+        return self.local.read_small(path, limit)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_distributed_shards_come_last_on_a_hub(repo: Repo) -> None:
+    distributed(repo)
+    opened = open_checkpoint(Hashed(open_local(parse_ref(str(repo.folder)))))
+    assert [reading.label for reading in opened.readings][:2] == ["main", "distributed"]
+    assert value(opened, opened.readings[0].tensors[LINEAR_1]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adapter_config.json", "adapter-beside"),
+        ("model-Q4_K_M.gguf", "gguf-beside"),
+        ("mm_projector.bin", "pickle-beside"),
+        ("checkpoint-500/model.safetensors", "unread-subfolder"),
+    ],
+)
+def test_weights_beside_that_are_not_read_are_said(repo: Repo, name: str, kind: str) -> None:
+    (repo.folder / name).parent.mkdir(exist_ok=True)
+    (repo.folder / name).write_bytes(b"{}")
+    opened = repo.open()
+    assert [(a.kind, a.files) for a in opened.ambiguities] == [(kind, (name,))]
+    assert "not read" in opened.ambiguities[0].message
+    assert len(opened.readings) == 1
+
+
+def test_quantization_and_custom_code_are_said(repo: Repo) -> None:
+    repo.config(quantization_config={"quant_method": "fp8"}, auto_map={"AutoModel": "modeling_x.X"})
+    assert repo.kinds() == ["quantized", "custom-code"]
+    assert repo.open().quantized
+
+
+def test_hostile_names_are_said_and_inert(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0, "multi_modal_pr\u043ejector.linear_1.weight\x1b[2J\n")
+    (ambiguity,) = repo.open().ambiguities
+    assert ambiguity.kind == "confusable-names"
+    assert ambiguity.message.isprintable()
+
+
+def test_safetensors_files_without_an_index_are_read_together(repo: Repo) -> None:
+    save_sharded(repo)
+    repo.remove("model.safetensors.index.json")
+    opened = repo.open()
+    assert [a.kind for a in opened.ambiguities] == ["no-index"]
+    assert opened.readings[0].tensors.keys() == repo.tensors.keys()
+
+
+def test_single_file(repo: Repo) -> None:
+    path = repo.folder / "model.safetensors"
+    repo.config(transformers_weights="nowhere.safetensors")
+    opened = open_checkpoint(open_local(parse_ref(str(path))))
+    assert opened.config is None
+    assert opened.ambiguities == ()
+    assert opened.readings[0].tensors.keys() == repo.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {LINEAR_1: "../x.safetensors"},
+        {LINEAR_1: "/etc/passwd"},
+        {LINEAR_1: "sub/../../x.safetensors"},
+        {LINEAR_1: "..\\x.safetensors"},
+        {LINEAR_1: "./model.safetensors"},
+        {LINEAR_1: "absent.safetensors"},
+        {LINEAR_1: "config.json"},
+        {LINEAR_1: "model.safetensors.index.json"},
+        {LINEAR_1: 3},
+        {LINEAR_1: ["model.safetensors"]},
+        {},
+        [],
+        None,
+    ],
+)
+def test_index_that_names_no_weight_file_of_the_repository(repo: Repo, weight_map: object) -> None:
+    repo.index(weight_map)
+    with pytest.raises(FormatError, match="weight_map") as caught:
+        repo.open()
+    assert caught.value.code == "format.index"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": {"a": "b", "a": "c"}}', "\xff"])
+def test_malformed_index(repo: Repo, text: str) -> None:
+    (repo.folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(FormatError) as caught:
+        repo.open()
+    assert caught.value.code == "format.index"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"transformers_weights": 3},
+        {"transformers_weights": "../evil.safetensors"},
+        {"transformers_weights": "/tmp/evil.safetensors"},
+        {"transformers_weights": "absent.safetensors"},
+        {"attribute_map": []},
+        {"attribute_map": {"a": 1}},
+        {"configuration_files": "config.5.0.0.json"},
+        {"configuration_files": ["../config.5.0.0.json"]},
+        {"configuration_files": ["config.5.0.0.json"]},
+    ],
+)
+def test_config_that_no_loader_should_follow(repo: Repo, keys: dict[str, object]) -> None:
+    repo.config(**keys)
+    with pytest.raises(FormatError) as caught:
+        repo.open()
+    assert caught.value.code == "format.config"
+    assert caught.value.field in keys
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}', "[" * 5000])
+def test_malformed_config(repo: Repo, text: str) -> None:
+    (repo.folder / "config.json").write_text(text)
+    with pytest.raises(FormatError) as caught:
+        repo.open()
+    assert caught.value.code == "format.config"
+
+
+def test_infinity_in_a_config_is_its_name(repo: Repo) -> None:
+    config = repo.folder / "config.json"
+    config.write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert repo.open().config == {"time_step_limit": [0.0, "Infinity"]}
+
+
+def test_redirect_to_a_pickle_is_unsupported(repo: Repo) -> None:
+    repo.config(transformers_weights="adapter_model.bin")
+    with pytest.raises(UnsupportedError, match="never unpickles"):
+        repo.open()
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "code"),
+    [
+        ([], NothingError, "nothing.weights"),
+        (["config.json"], NothingError, "nothing.weights"),
+        (["training_args.bin"], NothingError, "nothing.weights"),
+        (["pytorch_model.bin"], UnsupportedError, "unsupported.format"),
+        (["pytorch_model.bin", "extra.safetensors"], UnsupportedError, "unsupported.format"),
+        (["consolidated.00.pth"], UnsupportedError, "unsupported.format"),
+        (["model.gguf"], UnsupportedError, "unsupported.format"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            UnsupportedError,
+            "unsupported.adapter",
+        ),
+    ],
+)
+def test_nothing_that_can_be_read(
+    tmp_path: Path, files: list[str], error: type[Exception], code: str
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(error) as caught:
+        open_checkpoint(open_local(parse_ref(str(tmp_path))))
+    assert caught.value.code == code  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "code"),
+    [
+        ("model.gguf", b"GGUF\3\0\0\0", "unsupported.format"),
+        ("disguised.safetensors", b"GGUF\3\0\0\0", "unsupported.format"),
+        ("pytorch_model.bin", b"PK\3\4", "unsupported.format"),
+        ("x.pt", b"7z\xbc\xaf", "unsupported.format"),
+        ("config.json", b"{}", "unsupported.format"),
+        ("x.safetensors", b"PK\3\4 and more than eight", "format.safetensors"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "format.lfs-pointer"),
+        ("x.bin", b"version https://git-lfs.github.com/spec/v1\n", "format.lfs-pointer"),
+        ("x.safetensors", b"\2\0\0\0\0\0\0\0{}", "nothing.weights"),
+        ("x.safetensors", b"", "format.safetensors"),
+    ],
+)
+def test_single_file_that_is_no_weights(tmp_path: Path, name: str, data: bytes, code: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises((FormatError, UnsupportedError, NothingError)) as caught:
+        open_checkpoint(open_local(parse_ref(str(tmp_path / name))))
+    assert caught.value.code == code
+
+
+def test_lfs_pointers_in_a_folder(repo: Repo) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (repo.folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(FormatError, match="git lfs pull") as caught:
+        repo.open()
+    assert caught.value.code == "format.lfs-pointer"
+
+
+def test_model_without_tensors(repo: Repo) -> None:
+    (repo.folder / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(NothingError):
+        repo.open()
+
+
+def test_distributed_pieces_are_unsupported(repo: Repo) -> None:
+    name = "shard-00001-model-00001-of-00002.safetensors"
+    save_file({"a": torch.ones(2)}, repo.folder / name, {"DCP_SHARDING_INFO": "{}"})
+    with pytest.raises(UnsupportedError, match="distributed"):
+        repo.open()
+
+
+def test_more_ways_to_read_than_are_audited(repo: Repo) -> None:
+    for number in range(module.MAX_READINGS):
+        repo.save(f"x{number}.safetensors", float(number), alone=True)
+    with pytest.raises(LimitError) as caught:
+        repo.open()
+    assert caught.value.code == "limit.readings"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+)
+def test_floating_dtypes_come_back_as_stored(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tensors = {"w": tensor, "empty": torch.empty(0, 4, dtype=dtype)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    opened = open_checkpoint(open_local(parse_ref(str(tmp_path / "x.safetensors"))))
+    stored = load_tensors(opened.source, opened.readings[0].tensors.values())
+    assert stored["w"].tensor.dtype == dtype
+    assert torch.equal(stored["w"].tensor.view(torch.uint8), tensor.view(torch.uint8))
+    assert stored["empty"].tensor.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "I64", "BOOL", "C64", "F4", "F8_E8M0"])
+def test_other_dtypes_are_refused_before_a_byte_is_read(repo: Repo, dtype: str) -> None:
+    info = TensorInfo("w", dtype, (4,), "nowhere", 0, 4)
+    with pytest.raises(UnsupportedError) as caught:
+        load_tensors(repo.open().source, [info])
+    assert caught.value.code == "unsupported.dtype"
+
+
+def test_matrix_above_the_budget_is_refused_before_a_byte_is_read(repo: Repo) -> None:
+    info = TensorInfo("w", "F32", (1 << 20, 1 << 20), "nowhere", 0, 1 << 42)
+    with pytest.raises(LimitError) as caught:
+        load_tensors(repo.open().source, [info])
+    assert caught.value.code == "limit.tensor-size"
+
+
+def test_names_of_one_parameter() -> None:
+    same = [LINEAR_1, CANONICAL, f"model.{CANONICAL}", "model.mm_projector.0.weight"]
+    assert {parameter(name) for name in same} == {LINEAR_1}
+    language = ["language_model.model.norm.weight", "model.language_model.norm.weight"]
+    assert len({parameter(name) for name in language}) == 1
+    different = ["norm.weight", "lm_head.weight", "multi_modal_projector.linear_2.weight"]
+    assert len({parameter(name) for name in different}) == 3
