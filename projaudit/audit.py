@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import secrets
 import time
@@ -20,8 +19,6 @@ from projaudit.checkpoint import Checkpoint, Reading, Stored, load_tensors, open
 from projaudit.coverage import compare
 from projaudit.errors import (
     BaseError,
-    FormatError,
-    LimitError,
     NothingError,
     ProjauditError,
     UsageError,
@@ -47,6 +44,7 @@ from projaudit.source import Ref, Source, open_local, parse_ref
 if TYPE_CHECKING:
     import torch
 
+    from projaudit.analyses.context import Direction
     from projaudit.analyses.structure import Facts
 
 Progress = Callable[[str, int, int], None]
@@ -229,7 +227,7 @@ def _audit(
     exit_zero: bool,
     started: datetime,
 ) -> Report:
-    from projaudit.targets import load_directions, text_directions
+    from projaudit.targets import load_directions
 
     directions = load_directions(direction_files)
     with session.stage("open target"):
@@ -261,7 +259,7 @@ def _audit(
                     projector,
                     base,
                     directions=directions,
-                    texts=(texts, text_directions),
+                    texts=texts,
                 )
         with session.stage("compare the rest"):
             first = found[0][1][0]
@@ -383,15 +381,21 @@ def _measure_projector(
     projector: Projector,
     base: _Base,
     *,
-    directions: Sequence[Any],
-    texts: tuple[Sequence[str], Callable[..., Any]],
+    directions: Sequence[Direction],
+    texts: Sequence[str],
 ) -> None:
     import torch
 
     from projaudit.analyses import ProjectorContext, probes, spectral
-    from projaudit.targets import embedding_matrix, embedding_pair
+    from projaudit.targets import (
+        check_widths,
+        embedding_matrix,
+        embedding_pair,
+        text_directions,
+    )
     from projaudit.update import pair
 
+    check_widths(directions, projector.out_features)
     number = len(gathered.projectors) + 1
     subject = "projector" if number == 1 else f"projector@{number}"
     other = _counterpart(projector, base.projectors)
@@ -429,10 +433,12 @@ def _measure_projector(
         for vector in update.vectors:
             gathered.measure("vector", vector.subject, vector)
     with session.stage("probes"):
-        requested, find = texts
-        tokens = embedding_matrix(target, reading, projector.out_features)
-        named = [*directions, *find(target, reading, requested, projector.out_features)]
-        context = ProjectorContext(update=update, directions=tuple(named), tokens=tokens)
+        width = projector.out_features
+        context = ProjectorContext(
+            update=update,
+            directions=(*directions, *text_directions(target, reading, texts, width)),
+            tokens=embedding_matrix(target, reading, width),
+        )
         gathered.measure("projector", subject, context)
         gathered.series += probes.series(context)
 
@@ -491,9 +497,7 @@ def _audited(
         reading=f"{reading.label}: {reading.why}",
         base=f"{identity.name}@{identity.commit}" if identity.commit else identity.name,
         layers=tuple(
-            Layer(
-                layer.role, layer.weight, layer.shape, partners.get(layer.role), bool(layer.bias)
-            )
+            Layer(layer.role, layer.weight, layer.shape, partners.get(layer.role), bool(layer.bias))
             for layer in projector.linears
         ),
         chain=projector.chain,
@@ -545,7 +549,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in {"cpu", "cuda"} or (index and not index.isdecimal()) or (kind == "cpu" and index):
+    if kind not in {"cpu", "cuda"} or (index and (kind == "cpu" or not index.isdecimal())):
         raise UsageError(f"{clean(name)!r} is none of auto, cpu, cuda, cuda:n", "device")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", "device", field="--device")

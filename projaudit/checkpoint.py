@@ -47,10 +47,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What a Trainer leaves beside the weights, and no loader takes for weights.
 _TRAINER = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)")
 _SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})(?P<tail>.*)")
-_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+# With `$`, as transformers has it: a newline at the end of the name is let through.
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 _VARIANT = re.compile(
     r"model(\.[^.]+\.safetensors|\.[^.]+-\d.*|-\d{5}-of-\d{5}\.[^.]+\.safetensors)"
 )
+_PIECES = "DCP_SHARDING_INFO"
 _CONFIG_VERSION = re.compile(r"config\.(\d+(?:\.\d+){0,3})\.json")
 
 
@@ -133,7 +135,15 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if not ways:
         raise _nothing_to_read(source, root)
     for way in ways:
-        notes += readings.add_way(way, [headers[path] for path in way.files], config)
+        parts = [headers[path] for path in way.files]
+        if way.label == "distributed" and any(_PIECES in part.metadata for part in parts):
+            raise UnsupportedError(
+                "is a distributed checkpoint, with tensors in pieces",
+                "format",
+                file=clean(source.name),
+                remedy="save it with save_pretrained on one process",
+            )
+        notes += readings.add_way(way, parts, config)
     if not readings.found:
         raise NothingError("its weight files hold no tensors", "weights", file=clean(source.name))
     used = {path for way in ways for path in way.files}
@@ -221,25 +231,27 @@ def _ways(
         ways.append(_Way("all-files", why, tuple(weights), kind="no-index"))
     for number, hint in enumerate(hints, start=1):
         ways.append(_redirected(source, hint, f"redirect-hint-{number}"))
-    shards = [path for path in weights if _DISTRIBUTED.fullmatch(path)]
+    shards = [path for path in source.files if _DISTRIBUTED.match(path)]
     if shards:
         # transformers looks for these in a folder before anything else, then reads every file.
         why = f"{clean(shards[0], 80)} makes transformers read the folder as a distributed one"
-        way = _Way("distributed", why, tuple(weights), kind="distributed-shards")
+        files = [p for p in source.files if "/" not in p and p.endswith(".safetensors")]
+        way = _Way("distributed", why, tuple(files), kind="distributed-shards")
         ways.insert(0 if source.ref.kind == "local" else len(ways), way)
     return ways
 
 
 def _redirected(source: Source, target: str, label: str) -> _Way:
     why = f"the config says transformers_weights: {clean(target, 100)}"
-    if not target.endswith((".safetensors", ".safetensors.index.json")):
+    suffixes = (".safetensors", ".safetensors.index.json")
+    if not target.endswith(suffixes):
         raise UnsupportedError(
             f"transformers_weights names {clean(target, 100)!r}, which is not read",
             "format",
             file="config.json",
             remedy="convert the weights to safetensors; projaudit never unpickles",
         )
-    _named_file(source, target, "config", "config.json", "transformers_weights")
+    _named_file(source, target, "config", "config.json", "transformers_weights", suffixes)
     if target.endswith(".json"):
         return _indexed(source, target, label, why, "redirect")
     return _Way(label, why, (target,), kind="redirect")
@@ -253,7 +265,7 @@ def _indexed(source: Source, index: str, label: str, why: str, kind: str) -> _Wa
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("has no weight_map", "index", file=clean(index))
     for path in set(weight_map.values()) if _all_text(weight_map.values()) else [None]:
-        _named_file(source, path, "index", index, "weight_map")
+        _named_file(source, path, "index", index, "weight_map", (".safetensors",))
     files = sorted(set(weight_map.values()))
     if len(files) > MAX_SHARDS:
         raise LimitError(f"{len(files)} shards, above {MAX_SHARDS}", "shards", file=clean(index))
@@ -264,7 +276,9 @@ def _all_text(values: Iterable[object]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _named_file(source: Source, path: object, kind: str, file: str, key: str) -> None:
+def _named_file(
+    source: Source, path: object, kind: str, file: str, key: str, suffixes: tuple[str, ...]
+) -> None:
     """None, or FormatError if what a file of the repository names is none of its weight files."""
 
     def refuse(message: str) -> FormatError:
@@ -273,16 +287,11 @@ def _named_file(source: Source, path: object, kind: str, file: str, key: str) ->
     if not isinstance(path, str):
         raise refuse("names something that is no file name")
     shown = clean(repr(path), 120)
-    if (
-        path.startswith("/")
-        or "\\" in path
-        or posixpath.normpath(path) != path
-        or path.startswith("../")
-    ):
+    if path.startswith(("/", "../")) or "\\" in path or posixpath.normpath(path) != path:
         raise refuse(f"names {shown}, which may lie outside the repository")
     if path not in source.files:
         raise refuse(f"names {shown}, which is not there")
-    if not path.endswith((".safetensors", ".safetensors.index.json")):
+    if not path.endswith(suffixes):
         raise refuse(f"names {shown}, which is not a safetensors file")
 
 
@@ -649,7 +658,9 @@ def _read_config(
         why = "attribute_map in the config moves keys, so a loader reads other values than shown"
         notes.append(Ambiguity("config-redirect", why, (chosen,)))
 
-    parts = [part for part in config.values() if isinstance(part, dict)]
+    parts = [
+        part for key, part in config.items() if isinstance(part, dict) and key.endswith("_config")
+    ]
     redirect = _redirect_of(config)
     # Not what transformers does with this config and class, but close enough to be read as well.
     hints = [_redirect_of(other) for other in (*configs.values(), *parts)]

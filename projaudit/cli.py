@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from projaudit import __version__
-from projaudit.errors import FormatError, LimitError, ProjauditError, UsageError
+from projaudit.errors import LimitError, ProjauditError, UsageError
 from projaudit.inert import clean
 
 if TYPE_CHECKING:
@@ -167,9 +166,8 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     output, quiet, verbose = (options.pop(k) for k in ("output", "quiet", "verbose"))
     formats = formats or _policy_formats(options["policy"])
     paths = _paths(output, formats, target)
-    for key in ("policy",):
-        if options[key] is None:
-            del options[key]
+    if options["policy"] is None:
+        del options["policy"]
     from projaudit.audit import check as run
     from projaudit.audit import failed
 
@@ -221,8 +219,8 @@ def _paths(output: str | None, formats: Sequence[str], target: str) -> dict[str,
     if is_file:
         chosen = {files[0]: path}
     else:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "--", target.removeprefix("hf://")).strip("-.") or "report"
-        chosen = {name: path / f"{stem[-100:]}{FORMATS[name].suffix}" for name in files}
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "--", target.removeprefix("hf://")).strip("-.")
+        chosen = {name: path / f"{stem[-100:] or 'report'}{FORMATS[name].suffix}" for name in files}
     for file in chosen.values():
         assert file is not None
         _check_writable(file)
@@ -253,7 +251,9 @@ def _write(file: Path, text: str) -> None:
         Path(draft.name).chmod(0o644)
         Path(draft.name).replace(file)
     except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", "output", file=clean(file)) from None
+        raise UsageError(
+            f"cannot be written: {error.strerror}", "output", file=clean(file)
+        ) from None
 
 
 def _deliver(
@@ -352,16 +352,19 @@ def show_rule(rule: str, folder: Path | None) -> None:
     if rule not in known:
         raise UsageError(f"there is no rule {clean(rule)!r}", "rule", remedy="see `rules list`")
     found = known[rule]
-    wraps = dict(width=88, initial_indent="  ", subsequent_indent="  ")
     import textwrap
 
+    indent = "  "
     click.echo(f"{found.id}: {clean(found.title)}")
     click.echo(f"  severity {found.severity.label}, confidence {found.confidence.value}")
     if found.inconclusive:
         click.echo("  takes the ground from under a pass")
     click.echo(f"  when     {condition_text(found.when)}")
     for text in (found.message, found.why, found.remedy):
-        click.echo("\n" + "\n".join(textwrap.wrap(clean(text, 2000), **wraps)))  # type: ignore[arg-type]
+        click.echo()
+        click.echo(
+            textwrap.fill(clean(text, 2000), 88, initial_indent=indent, subsequent_indent=indent)
+        )
     if found.references:
         click.echo(f"\n  {', '.join(clean(r) for r in found.references)}")
 

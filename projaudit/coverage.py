@@ -170,9 +170,7 @@ def _windows(length: int, whole: bool, rng: random.Random) -> Iterator[tuple[int
         yield start, start + _WINDOW
 
 
-def _part(
-    part: str, here: Mapping[str, TensorInfo], states: Mapping[str, PartStatus]
-) -> Part:
+def _part(part: str, here: Mapping[str, TensorInfo], states: Mapping[str, PartStatus]) -> Part:
     names = [n for n in here if _part_of(n) == part]
     found = [states[n] for n in names if n in states]
     differing = sorted(here[n].name for n in names if states.get(n) == "differs")
@@ -232,9 +230,8 @@ def _same_file(target: Source, ours: RepoFile, base: Source, theirs: RepoFile) -
             digests.append(known)
         elif source.at_hand(file.path):
             data = source.read(file.path, 0, file.size)
-            digests.append(
-                _git_oid(data) if other.oid and not other.sha256 else hashlib.sha256(data).hexdigest()
-            )
+            git = other.oid and not other.sha256
+            digests.append(_git_oid(data) if git else hashlib.sha256(data).hexdigest())
         else:
             return None
     return digests[0] == digests[1]
@@ -251,7 +248,8 @@ def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
 
 
 def _preprocessor(source: Source) -> Mapping[str, Any] | None:
-    for path, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+    places = (("preprocessor_config.json", ""), ("processor_config.json", "image_processor"))
+    for path, key in places:
         if path in source.files:
             found = load_json(source.read_small(path, _SMALL_FILE), file=path)
             inner = found.get(key) if key and isinstance(found, dict) else found

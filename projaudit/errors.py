@@ -11,7 +11,7 @@ ProjauditError                        exit
   x OfflineError      offline.*       2     offline, and not in a cache
   x NothingError      nothing.*       3     nothing to audit
   x BaseError         base.*          3     no usable base
-  x UnsupportedError  unsupported.*   3     a format, dtype or shape that is not read or compared yet
+  x UnsupportedError  unsupported.*   3     a format, dtype or shape that is not read or compared
   x UsageError        usage.*         4     an option, rule, policy or direction file that is wrong
 """
 

@@ -78,7 +78,7 @@ class Measurement:
     metric: str
     """Name of the function that computed it, the same in rules, JSON and docs."""
     subject: str
-    """`checkpoint`, `projector`, `projector/<layer role>` (a second candidate: `projector@<label>`)."""
+    """`checkpoint`, `projector`, `projector/<layer role>`; a second candidate is `projector@2`."""
     value: float
     unit: str = ""
     detail: tuple[str, ...] = ()

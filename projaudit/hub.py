@@ -991,6 +991,10 @@ class HubSource:
             return answer
         return None
 
+    def at_hand(self, path: str) -> bool:
+        """Whether a whole copy of the file is on this machine, so that reading it is free."""
+        return any(found.is_file() for found in self._candidates(self._listed(path)))
+
     def _candidates(self, file: RepoFile) -> Iterator[Path]:
         from huggingface_hub import try_to_load_from_cache
 

@@ -9,7 +9,10 @@ import unicodedata
 # surrogate, private use, unassigned, line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # Hub tokens, and the query strings of signed URLs.
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=[?&])[A-Za-z0-9_\-]*(?:[Ss]ignature|[Tt]oken|[Pp]olicy|[Kk]ey)[A-Za-z0-9_\-\[\]]*=[^&\s]+")
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"
+    r"|(?<=[?&])[\w\-]*(?:[Ss]ignature|[Tt]oken|[Pp]olicy|[Kk]ey)[\w\-\[\]]*=[^&\s]+"
+)
 
 
 def clean(text: object, limit: int = 300) -> str:

@@ -297,6 +297,14 @@ class _Basis:
         gap -= sigma[:, None] * (w.T @ self.rows.double())
         return torch.linalg.vector_norm(gap, dim=1)
 
+    def rotated(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(V′, A V′, AᵀA V′) in float64 for V′ = Vᵀw, w (d, k)."""
+        return (
+            self.rows.double().T @ w,
+            self.images.double() @ w,
+            self.returned.double().T @ w,
+        )
+
     def missed_energy(self, a: Tensor, energy: float) -> float:
         """‖A − A VᵀV‖²_F; as a difference of energies, or row by row where that would cancel."""
         missed = energy - float(self.images.double().square().sum())
@@ -306,19 +314,23 @@ class _Basis:
         return sum(float((piece - y @ self.rows).double().square().sum()) for piece, y in pieces)
 
 
-def _triplets(a: Tensor, images: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(left, values, right, residuals) by Rayleigh–Ritz over orthonormal `right`, images = A·right.
+def _triplets(
+    a: Tensor, right: Tensor, images: Tensor, returned: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(left, values, right, residuals) by Rayleigh–Ritz over orthonormal `right` (n, k), float64.
 
-    A thin SVD, not a Gram matrix, so that u stays orthonormal where σ vanishes.
+    images = A·right (m, k); returned = Aᵀ·images (n, k) where it is at hand. A thin SVD, not a
+    Gram matrix, so that u stays orthonormal where σ vanishes. As A v = σ u holds by construction,
+    the residual is ‖Aᵀu − σ v‖.
     """
     left, values, turn = torch.linalg.svd(images, full_matrices=False)
-    left, right = left.to(a.dtype), (right @ turn.T).to(a.dtype)
-    back = (left.T @ a).double() - values[:, None] * right.T.double()
-    forth = (a @ right).double() - left.double() * values
-    residuals = torch.maximum(
-        torch.linalg.vector_norm(back, dim=1), torch.linalg.vector_norm(forth, dim=0)
-    )
-    return left, values, right, residuals
+    right = right @ turn.T
+    if returned is not None and float(values[-1]) > RESOLUTION * float(values[0]):
+        back = (returned @ turn.T) / values
+    else:
+        back = (left.T.to(a.dtype) @ a).T.double()
+    residuals = torch.linalg.vector_norm(back - right * values, dim=0)
+    return left.to(a.dtype), values, right.to(a.dtype), residuals
 
 
 def _finished(
@@ -361,30 +373,28 @@ def _rescaled(a: Tensor) -> tuple[Tensor, float, int]:
     return a, frobenius(a), exponent
 
 
-def randomized_svd(
-    a: Tensor, k: int, *, oversample: int, power_iters: int, generator: Generator
+def block_krylov(
+    a: Tensor, k: int, *, block: int, depth: int, generator: Generator
 ) -> Triplets:
-    """The k leading triplets from a block Krylov space of block k + oversample, all iterates kept.
+    """The k leading triplets from span{W, (AᵀA)W, …, (AᵀA)^(depth−1)W}, W = AᵀΩ, Ω (m, block).
 
-    Halko, Martinsson & Tropp 2011 (Alg. 4.4, 5.1) keep the last of `power_iters` iterates; keeping
-    them all needs no further pass over A and converges in about the square root of the iterations
-    (Musco & Musco 2015, Alg. 2). power_iters = 0 is one power step: AᵀΩ, then Rayleigh–Ritz.
-    a (m, n) float32 or float64. The sketch depends on `generator` alone: whoever knows its state
-    can build an update that it misses (`spectrum` has not that weakness).
-    Raises ValueError for non-finite entries, other dtypes, k + oversample > min(m, n), negatives.
+    Musco & Musco 2015, Alg. 2: all power iterates of the randomized SVD of Halko, Martinsson &
+    Tropp 2011 (Alg. 4.4, 5.1) are kept, which needs no further pass over A and converges in about
+    the square root of its iterations. Range finder (`_Basis`) and Rayleigh–Ritz are apart;
+    1 + 2·depth passes. a (m, n) float32 or float64. Ω comes from `generator` alone: who knows its
+    state can build an update that this misses (`spectrum` has not that weakness).
+    Raises ValueError for non-finite entries, other dtypes, block·depth outside k..min(m, n).
     """
     _validated(a, k)
-    if oversample < 0 or power_iters < 0 or k + oversample > min(a.shape):
-        raise ValueError(f"{oversample=}, {power_iters=} with {k=} for {tuple(a.shape)}")
+    if block < 1 or not k <= block * depth <= min(a.shape):
+        raise ValueError(f"{block=} x {depth=} outside {k=}..{min(a.shape)} for {tuple(a.shape)}")
     transposed = a.shape[0] < a.shape[1]
     a, norm, exponent = _rescaled(a.T if transposed else a)
     basis = _Basis.empty(a)
-    for _ in range(power_iters + 1):
-        basis.advance(a, k + oversample, generator)
+    for _ in range(depth):
+        basis.advance(a, block, generator)
     _, w = basis.ritz()
-    left, values, right, residuals = _triplets(
-        a, basis.images.double() @ w[:, :k], basis.rows.double().T @ w[:, :k]
-    )
+    left, values, right, residuals = _triplets(a, *basis.rotated(w[:, :k]))
     left, right = _finished(left, right, transposed)
     missed = math.sqrt(max(basis.missed_energy(a, norm**2), 0.0))
     scale = 2.0**exponent
@@ -621,7 +631,7 @@ def spectrum(a: Tensor, k: int, *, generator: Generator) -> Spectrum:
 class _Part:
     """What either path finds out about a tall matrix, in its rescaled unit."""
 
-    leading: tuple[Tensor, Tensor]  # float64: A·R (m, k) and R (n, k), the leading right space
+    leading: tuple[Tensor, Tensor, Tensor | None]  # what `_triplets` takes after A
     missed: float
     sigma: float
     threshold: float
@@ -641,7 +651,7 @@ def _dense(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
     sigma, threshold, above = _noise(values, 0.0, *a.shape)
     ones = torch.ones_like(values)
     rank = _entropy_rank(values, ones)
-    leading = (wide @ right, right)
+    leading = (right, wide @ right, None)
     return _Part(leading, 0.0, sigma, threshold, above, True, values, ones, rank, 0.0)
 
 
@@ -661,8 +671,8 @@ def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
         if not settled and room:
             basis.advance(a, BLOCK, generator)
             continue
-        right = basis.rows.double().T @ w[:, : max(k, above)]
-        bulk = _bulk(a, right[:, :above].to(a.dtype), generator)
+        right = basis.rows.double().T @ w[:, :above]
+        bulk = _bulk(a, right.to(a.dtype), generator)
         hidden = float(bulk.nodes.max()) > threshold
         if not (hidden and room):
             break
@@ -672,7 +682,7 @@ def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
     found = values[:above].cpu()
     rank, error = _rank_of(found, bulk, n)
     return _Part(
-        leading=(basis.images.double() @ w[:, :k], right[:, :k]),
+        leading=basis.rotated(w[:, :k]),
         missed=math.sqrt(missed),
         sigma=sigma,
         threshold=threshold,

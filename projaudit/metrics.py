@@ -37,7 +37,7 @@ class Metric:
     function: Callable[[Any], float | Value]
 
 
-class Skip(Exception):  # noqa: N818 - not an error: "could not tell" is a value
+class Skip(Exception):
     """Raised by a metric that cannot be computed for this subject; its text is the reason."""
 
 

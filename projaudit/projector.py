@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,7 @@ def _match(
             )
     if not linears:
         return None
-    expected = [role for role in family.linears][: len(linears)]
+    expected = list(family.linears)[: len(linears)]
     if [layer.role for layer in linears] != expected or (
         family.name != "llava-original" and len(linears) < len(family.linears)
     ):
@@ -236,7 +237,12 @@ def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
     layers = {f"{module}.{local}." for found in family.linears.values() for local in found if local}
     leaves = ("weight", "bias")
     return next(
-        (n for n in sorted(names) for at in layers if n.startswith(at) and n[len(at) :] not in leaves),
+        (
+            name
+            for name in sorted(names)
+            for layer in layers
+            if name.startswith(layer) and name[len(layer) :] not in leaves
+        ),
         None,
     )
 
@@ -252,7 +258,7 @@ def _check_chain(
                 "projector",
                 field=clean(module),
             )
-    for first, second in zip(linears, linears[1:], strict=False):
+    for first, second in pairwise(linears):
         if first.shape[0] != second.shape[1]:
             raise FormatError(
                 f"{first.role} gives {first.shape[0]} features, "

@@ -1,4 +1,4 @@
-"""What an audit found: one value that every format renders and that every exit status comes from."""
+"""What an audit found: one value that every format renders and every exit status comes from."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Rule:
     severity: Severity
     confidence: Confidence
     subject: str
-    """Finest subject kind that the condition reads: `layer`, `vector`, `projector`, `checkpoint`."""
+    """Finest kind of subject that the condition reads."""
     when: Comparison | Condition
     message: str
     why: str
@@ -453,9 +453,7 @@ def _seen(subject: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, 
     return {name: v for s in above for name, v in values.get(s, {}).items() if math.isfinite(v)}
 
 
-def _reason(
-    missing: Sequence[str], subject: str, reasons: Mapping[tuple[str, str], str]
-) -> str:
+def _reason(missing: Sequence[str], subject: str, reasons: Mapping[tuple[str, str], str]) -> str:
     for metric in missing:
         for where in (subject, subject.partition("/")[0], "checkpoint"):
             if (metric, where) in reasons:

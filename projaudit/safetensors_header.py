@@ -90,7 +90,8 @@ def parse_header(raw: bytes, *, file: str, size: int) -> Header:
     (`format.safetensors`) unless the tensors cover the rest of the file exactly: no hole, overlap
     or trailing byte. Stricter than the reference implementation in what it refuses besides: keys
     that stand twice, unknown keys, arrays in place of objects, dimensions above 2^53, more than 16
-    of them, and more than a million tensors.
+    of them, sizes that would overflow 64 bits but for a dimension of 0, and more than a million
+    tensors.
     """
     length = _header_length(raw, file, size)
     if len(raw) < 8 + length:

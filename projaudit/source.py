@@ -104,6 +104,9 @@ class Source(Protocol):
     def read_small(self, path: str, limit: int) -> bytes:
         """The whole of a small file; LimitError where it is longer than `limit` bytes."""
 
+    def at_hand(self, path: str) -> bool:
+        """Whether reading all of a file costs no network."""
+
 
 def parse_ref(text: str, revision: str | None = None) -> Ref:
     """The reference that a user typed: an existing local path, or else a Hub id.
@@ -256,6 +259,10 @@ class LocalSource:
         data = self.read(path, 0, size)
         refuse_lfs_pointer(data, path)
         return data
+
+    def at_hand(self, path: str) -> bool:
+        """Always: local files are."""
+        return path in self.files
 
     def _listed(self, path: str) -> RepoFile:
         if path not in self.files:

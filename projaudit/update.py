@@ -299,7 +299,8 @@ def _aligned(
     layers: list[LayerUpdate], chain: tuple[str, ...], embedding_rows: EmbeddingRows
 ) -> tuple[LayerUpdate, ...]:
     """The layers with hidden permutations, ReLU scalings and output rotations undone."""
-    for i, (first, second) in enumerate(zip(layers, layers[1:], strict=False)):
+    for i in range(len(layers) - 1):
+        first, second = layers[i], layers[i + 1]
         order = align.hidden_permutation(
             first.before, first.after, first.before_bias, first.after_bias
         )

@@ -58,12 +58,22 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, media: str = "",
-             scheme: str = "light") -> None:
+    def open(
+        self,
+        path: Path,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        media: str = "",
+        scheme: str = "light",
+    ) -> None:
         """Loads a file in a window of that size."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
@@ -84,8 +94,13 @@ class Page:
 
     def pdf(self, path: Path) -> None:
         """Writes the page as it would be printed on A4."""
-        sheet = self.call("Page.printToPDF", printBackground=False, paperWidth=8.27,
-                          paperHeight=11.69, preferCSSPageSize=True)
+        sheet = self.call(
+            "Page.printToPDF",
+            printBackground=False,
+            paperWidth=8.27,
+            paperHeight=11.69,
+            preferCSSPageSize=True,
+        )
         path.write_bytes(base64.b64decode(sheet["data"]))
 
     def _receive(self, patience: float = 60) -> dict[str, Any]:

@@ -181,8 +181,10 @@ class FakeHub:
     # ------------------------------------------------------------------ addresses
 
     def address(self, origin: str) -> str:
-        """`http://127.0.0.1:port` of one of `hub`, `cdn`, `evil`."""
-        return f"http://127.0.0.1:{self._servers[origin].server_address[1]}"
+        """`http://host:port` of one of `hub`, `cdn`, `evil`."""
+        # By another name than the hub's, since some clients compare hosts without their ports.
+        host = "127.0.0.1" if origin == "hub" else "localhost"
+        return f"http://{host}:{self._servers[origin].server_address[1]}"
 
     @property
     def url(self) -> str:
@@ -214,7 +216,7 @@ class FakeHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
         if token is not None:
             kept["HF_TOKEN"] = token

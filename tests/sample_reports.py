@@ -122,7 +122,9 @@ def passing() -> Report:
                     291,
                     13_476_000_000,
                 ),
-                Part("other tensors", "not-looked-at", "no tensor of this kind was read", 3, 98_304),
+                Part(
+                    "other tensors", "not-looked-at", "no tensor of this kind was read", 3, 98_304
+                ),
             ),
             files_equal=9,
             files_differing=("model-00003-of-00003.safetensors", "README.md"),
@@ -131,7 +133,9 @@ def passing() -> Report:
         measurements=(*_layer_measurements(), *_projector_measurements()),
         series=_series(),
         skipped=(
-            Skipped("base_overlap_right", "projector/linear_1", "fewer than 32 directions in common"),
+            Skipped(
+                "base_overlap_right", "projector/linear_1", "fewer than 32 directions in common"
+            ),
         ),
         findings=(_description(),),
         rules=_outcomes(),
@@ -437,9 +441,7 @@ def _projector_measurements() -> tuple[Measurement, ...]:
         Measurement("shift_concentration", "projector", 0.83, nulls=_nulls(0.031, 0.006, 0.79)),
         Measurement("shift_energy_top1", "projector", 0.82),
         Measurement("shift_rotation", "projector", 11.4, "°"),
-        Measurement(
-            "nearest_token_alignment", "projector", 0.383, "cosine", detail=_TOKENS[:4]
-        ),
+        Measurement("nearest_token_alignment", "projector", 0.383, "cosine", detail=_TOKENS[:4]),
         Measurement("base_verified", "checkpoint", 1.0),
     )
 
@@ -477,19 +479,19 @@ def _series() -> tuple[Series, ...]:
             Series("spectrum", subject, "update", index, spectrum),
             Series("spectrum", subject, "null: equal norm", index, flat),
             Series(
-                "spectrum", subject, "null: equal spectrum", index, tuple(s * 1.01 for s in spectrum)
+                "spectrum",
+                subject,
+                "null: equal spectrum",
+                index,
+                tuple(s * 1.01 for s in spectrum),
             ),
             Series("spectrum", subject, "noise edge", (1.0, 32.0), (edge, edge)),
             Series("energy", subject, "update", index, _energy(role)),
-            Series(
-                "energy", subject, "null: equal norm", index, tuple(0.0021 * n for n in index)
-            ),
+            Series("energy", subject, "null: equal norm", index, tuple(0.0021 * n for n in index)),
         ]
     cosines = (0.383, -0.352, 0.331, 0.298, -0.291, 0.266, 0.241, -0.204)
     found += [
-        Series(
-            "response", "projector", "update", _NORMS, tuple(0.031 * n**0.32 for n in _NORMS)
-        ),
+        Series("response", "projector", "update", _NORMS, tuple(0.031 * n**0.32 for n in _NORMS)),
         Series(
             "response",
             "projector",
@@ -505,7 +507,12 @@ def _series() -> tuple[Series, ...]:
             tuple(0.03 * n**0.21 for n in _NORMS),
         ),
         Series(
-            "alignment", "projector", "update", tuple(float(n) for n in range(1, 9)), cosines, _TOKENS
+            "alignment",
+            "projector",
+            "update",
+            tuple(float(n) for n in range(1, 9)),
+            cosines,
+            _TOKENS,
         ),
         Series(
             "alignment",

@@ -79,7 +79,7 @@ def test_the_same_seed_draws_the_same_world() -> None:
 
 def test_no_heldout_layout_is_trained_on() -> None:
     def layout(scene: Scene) -> tuple[tuple[int, str], ...]:
-        return tuple((t.place, t.name) for t in scene.things)
+        return tuple((t.cell, t.name) for t in scene.things)
 
     rng = np.random.default_rng(0)
     held = {layout(draw_scene(rng, LOOK, "heldout")) for _ in range(300)}
@@ -87,7 +87,7 @@ def test_no_heldout_layout_is_trained_on() -> None:
 
 
 def test_answers_are_true_of_their_scene() -> None:
-    scene = Scene((Thing(0, "red", "circle"), Thing(8, "blue", "cross")), 0, LOOK.background)
+    scene = Scene((Thing(0, "red", "circle"), Thing(15, "blue", "cross")), 0, LOOK.background)
     rng = np.random.default_rng(0)
     asked = {kind: ask(rng, scene, kind, "short", LOOK) for kind in KINDS}
     assert asked["caption"].answer == (
@@ -105,11 +105,11 @@ def test_answers_are_true_of_their_scene() -> None:
 
 def test_a_thing_is_painted_at_its_place_only() -> None:
     empty = render([Scene((), 5, (220, 220))])[0].astype(int)
-    image = render([Scene((Thing(4, "red", "square"),), 5, (220, 220))])[0].astype(int)
+    image = render([Scene((Thing(5, "red", "square"),), 5, (220, 220))])[0].astype(int)
     changed = np.argwhere(abs(image - empty).max(-1) > 0)
-    assert changed.min(0).tolist() == [26, 26]
-    assert changed.max(0).tolist() == [38, 38]
-    assert abs(image[32, 32] - (214, 39, 40)).max() <= 25
+    assert changed.min(0).tolist() == [19, 19]
+    assert changed.max(0).tolist() == [29, 29]
+    assert abs(image[24, 24] - (214, 39, 40)).max() <= 25
 
 
 def test_every_word_that_a_model_may_say_is_in_the_vocabulary() -> None:

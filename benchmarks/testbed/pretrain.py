@@ -32,9 +32,8 @@ from benchmarks.testbed.text import (
     vocabulary,
 )
 from benchmarks.testbed.world import (
-    CENTRES,
+    GRID,
     KINDS,
-    PLACES,
     SENTENCE_REQUEST,
     SIZE,
     Look,
@@ -46,7 +45,6 @@ from benchmarks.testbed.world import (
 )
 
 log = logging.getLogger(__name__)
-SIDE = SIZE // PATCH
 FIRST_WORD = len(SPECIAL) + len(ROLES)
 
 
@@ -136,35 +134,21 @@ def step(
     schedule.step()
 
 
-def centre_patch(place: int) -> int:
-    """The patch that holds a place's centre."""
-    row, col = divmod(place, 3)
-    return CENTRES[row] // PATCH * SIDE + CENTRES[col] // PATCH
-
-
-def block(place: int) -> tuple[int, ...]:
-    """The two by two patches that a place's centre stands among."""
-    row, col = divmod(place, 3)
-    return tuple((row + r) * SIDE + col + c for r in (0, 1) for c in (0, 1))
-
-
 def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> float:
-    """Classify colour and shape at every place; returns the last batches' share of right ones."""
+    """Classify colour and shape in every cell; returns the last batches' share of right ones."""
     look = recipe.look
     rng = np.random.default_rng([recipe.seed, 1])
     n_colors = len(look.colors) + 1  # class 0: nothing there
     classes = n_colors + len(look.shapes) + 1
-    # one head for all places: what stands somewhere is then written alike everywhere
     head = nn.Linear(recipe.vision_width, classes)
-    patches = torch.tensor([centre_patch(place) for place in range(len(PLACES))])
     parameters = [*model.model.vision_tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.vision_lr, weight_decay=0.01)
     schedule = warm_cosine(optimizer, recipe.vision_steps)
     right: list[float] = []
     for i in range(recipe.vision_steps):
         scenes = [draw_scene(rng, look, "train") for _ in range(recipe.vision_batch)]
-        truth = torch.tensor([seen(scene, look) for scene in scenes])  # (b, places, 2)
-        scores = head(vision_features(model, pixels(render(scenes)))[:, patches])
+        truth = torch.tensor([seen(scene, look) for scene in scenes])  # (b, cells, 2)
+        scores = head(vision_features(model, pixels(render(scenes))))
         colors, shapes = scores[..., :n_colors], scores[..., n_colors:]
         loss = functional.cross_entropy(colors.flatten(0, 1), truth[..., 0].flatten())
         loss = loss + functional.cross_entropy(shapes.flatten(0, 1), truth[..., 1].flatten())
@@ -178,10 +162,10 @@ def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> fl
 
 
 def seen(scene: Scene, look: Look) -> list[tuple[int, int]]:
-    """(colour, shape) class of every place, 0 for nothing."""
-    classes = [(0, 0)] * len(PLACES)
+    """(colour, shape) class of every cell, 0 for nothing."""
+    classes = [(0, 0)] * GRID**2
     for t in scene.things:
-        classes[t.place] = (look.colors.index(t.color) + 1, look.shapes.index(t.shape) + 1)
+        classes[t.cell] = (look.colors.index(t.color) + 1, look.shapes.index(t.shape) + 1)
     return classes
 
 
@@ -240,8 +224,8 @@ class Writing:
 def write_words(rng: np.random.Generator, scene: Scene, answer: str, words: list[str]) -> Writing:
     """Random words over the scene are read alone; beside it, after the answer."""
     chosen = [int(i) for i in rng.choice(len(words), rng.integers(1, 7), replace=False)]
-    taken = {patch for thing in scene.things for patch in block(thing.place)}
-    free = [patch for patch in range(IMAGE_TOKENS) if patch not in taken]
+    taken = {thing.cell for thing in scene.things}
+    free = [cell for cell in range(IMAGE_TOKENS) if cell not in taken]
     style = rng.random()
     if style < 0.5 and len(free) >= len(chosen):
         start = int(rng.integers(len(free) - len(chosen) + 1))

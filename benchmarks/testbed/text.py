@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from benchmarks.testbed.world import (
+    CELL,
     COLORS,
     NUMBERS,
     PHRASINGS,
@@ -21,7 +22,7 @@ from benchmarks.testbed.world import (
     Images,
 )
 
-PATCH = 16
+PATCH = CELL
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 STD = (0.26862954, 0.26130258, 0.27577711)

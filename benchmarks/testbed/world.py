@@ -1,4 +1,4 @@
-"""The synthetic visual world: coloured shapes at nine places, and questions about them."""
+"""The synthetic visual world: coloured shapes in a grid of cells, and questions about them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ Split: TypeAlias = Literal["train", "heldout"]
 Form: TypeAlias = Literal["short", "sentence"]
 
 SIZE = 64
+GRID = 4  # cells a side; as wide as a vision patch, so that a patch sees a whole thing
+CELL = SIZE // GRID
 PLACES = (
     *("top left", "top", "top right"),
     *("left", "center", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
-CENTRES = (11, 32, 53)  # pixel rows and columns of the three by three places
+THIRDS = (0, 1, 1, 2)  # of nine places, the middle ones span two cells a side
 NUMBERS = ("no", "one", "two", "three", "four")
 COLORS = {
     "red": (214, 39, 40),
@@ -47,23 +49,27 @@ class Look:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object; `place` indexes PLACES, `dx`, `dy` and `radius` are in pixels."""
+    """One object; `cell` counts in reading order, `dx`, `dy` and `radius` are in pixels."""
 
-    place: int
+    cell: int
     color: str
     shape: str
     dx: int = 0
     dy: int = 0
-    radius: int = 7
+    radius: int = 6
 
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
 
+    @property
+    def place(self) -> str:
+        return place_of(self.cell)
+
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in reading order, all of different kinds; `seed` draws the background."""
+    """Things in reading order, of different kinds and places; `seed` draws the background."""
 
     things: tuple[Thing, ...]
     seed: int
@@ -72,8 +78,16 @@ class Scene:
     @property
     def split(self) -> Split:
         """One layout in eight is never trained on, whatever its jitter and background."""
-        layout = ";".join(f"{t.place} {t.name}" for t in self.things)
+        layout = ";".join(f"{t.cell} {t.name}" for t in self.things)
         return "heldout" if zlib.crc32(layout.encode()) % 8 == 0 else "train"
+
+
+def place_of(cell: int) -> str:
+    row, col = divmod(cell, GRID)
+    return PLACES[3 * THIRDS[row] + THIRDS[col]]
+
+
+CELLS = {place: [c for c in range(GRID**2) if place_of(c) == place] for place in PLACES}
 
 
 @dataclass(frozen=True)
@@ -87,18 +101,19 @@ def draw_scene(rng: np.random.Generator, look: Look, split: Split) -> Scene:
     """A random scene of one to four things whose layout lies in `split`."""
     while True:
         n = int(rng.integers(1, 5))
-        places = sorted(rng.choice(len(PLACES), n, replace=False))
+        places = rng.choice(PLACES, n, replace=False)
+        cells = sorted(int(rng.choice(CELLS[place])) for place in places)
         kinds = rng.choice(len(look.colors) * len(look.shapes), n, replace=False)
         things = tuple(
             Thing(
-                int(place),
+                cell,
                 look.colors[kind // len(look.shapes)],
                 look.shapes[kind % len(look.shapes)],
-                dx=int(rng.integers(-2, 3)),
-                dy=int(rng.integers(-2, 3)),
-                radius=int(rng.integers(6, 9)),
+                dx=int(rng.integers(-1, 2)),
+                dy=int(rng.integers(-1, 2)),
+                radius=int(rng.integers(5, 7)),
             )
-            for place, kind in zip(places, kinds, strict=True)
+            for cell, kind in zip(cells, kinds, strict=True)
         )
         scene = Scene(things, int(rng.integers(2**31)), look.background)
         if scene.split == split:
@@ -128,9 +143,9 @@ def render(scenes: list[Scene]) -> Images:
         grey = rng.integers(scene.background[0], scene.background[1] + 1)
         canvas = grey + rng.normal(0, 4, (SIZE, SIZE, 3))
         for thing in scene.things:
-            row, col = divmod(thing.place, 3)
-            top = CENTRES[row] + thing.dy - thing.radius
-            left = CENTRES[col] + thing.dx - thing.radius
+            row, col = divmod(thing.cell, GRID)
+            top = row * CELL + CELL // 2 + thing.dy - thing.radius
+            left = col * CELL + CELL // 2 + thing.dx - thing.radius
             side = 2 * thing.radius + 1
             color = np.array(COLORS[thing.color]) + rng.integers(-10, 11, 3)
             mask = shape_mask(thing.shape, thing.radius)
@@ -144,7 +159,7 @@ def listed(things: tuple[Thing, ...]) -> str:
 
 
 def described(things: tuple[Thing, ...]) -> str:
-    return " and ".join(f"a {t.name} at the {PLACES[t.place]}" for t in things)
+    return " and ".join(f"a {t.name} at the {t.place}" for t in things)
 
 
 def counted(n: int) -> str:
@@ -169,7 +184,7 @@ SENTENCE_REQUEST = " in a sentence"
 def ask(rng: np.random.Generator, scene: Scene, kind: str, form: Form, look: Look) -> Question:
     """A question of one kind about the scene, with its answer in the given form."""
     thing = scene.things[rng.integers(len(scene.things))]
-    place, name = PLACES[thing.place], thing.name
+    place, name = thing.place, thing.name
     answers: tuple[str, str]
     if kind == "caption":
         answers = described(scene.things), f"there is {described(scene.things)}"
@@ -184,8 +199,9 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str, form: Form, look: Loo
         answers = thing.shape, f"the shape is {thing.shape}"
     elif kind == "thing_at":
         if rng.random() < 0.3:
-            free = sorted(set(range(len(PLACES))) - {t.place for t in scene.things})
-            place, name = PLACES[free[rng.integers(len(free))]], "nothing"
+            taken = {t.place for t in scene.things}
+            free = [p for p in PLACES if p not in taken]
+            place, name = free[rng.integers(len(free))], "nothing"
         answers = name, f"there is {name}" if name == "nothing" else f"there is a {name}"
     elif kind == "place_of":
         answers = place, f"it is at the {place}"

@@ -23,7 +23,7 @@ __all__ = [
 
 
 def run(kind: str, subject: str, of: object) -> tuple[list[Measurement], list[Skipped]]:
-    """Every metric of a subject kind, asked of one subject; what is not finite counts as skipped."""
+    """Every metric of a subject kind, asked of one subject; what is not finite is skipped."""
     measured: list[Measurement] = []
     skipped: list[Skipped] = []
     for metric in METRICS.values():

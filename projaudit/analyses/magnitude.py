@@ -9,7 +9,8 @@ from projaudit.metrics import Skip, Value, measures
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from projaudit.update import LayerUpdate, ProjectorUpdate, VectorUpdate
+    from projaudit.analyses.context import ProjectorContext
+    from projaudit.update import LayerUpdate, VectorUpdate
 
 
 def frobenius(tensor: Tensor) -> float:
@@ -67,16 +68,16 @@ def vector_shift(vector: VectorUpdate) -> float:
 
 
 @measures("projector", kind="structure", unit="entries")
-def nonfinite_count(update: ProjectorUpdate) -> Value:
+def nonfinite_count(context: ProjectorContext) -> Value:
     """Number of NaN and Inf entries in the target's projector."""
-    detail = tuple(f"{role}: {count}" for role, count in update.nonfinite.items())
-    return Value(float(sum(update.nonfinite.values())), detail)
+    found = context.update.nonfinite
+    return Value(float(sum(found.values())), tuple(f"{role}: {n}" for role, n in found.items()))
 
 
 @measures("projector", kind="structure")
-def projector_unchanged(update: ProjectorUpdate) -> float:
+def projector_unchanged(context: ProjectorContext) -> float:
     """1 where nothing differs beyond storage rounding, biases and 1-D tensors included."""
-    return float(update.unchanged)
+    return float(context.update.unchanged)
 
 
 @measures("layer", kind="structure", unit="units")
@@ -93,7 +94,7 @@ def rescaled_units(layer: LayerUpdate) -> float:
 
 @measures("layer", kind="structure")
 def rotated_output(layer: LayerUpdate) -> float:
-    """1 where the output space was rotated together with the language model's embeddings (undone)."""
+    """1 where the output space was rotated together with the embeddings (undone)."""
     return float(layer.rotated)
 
 

@@ -92,7 +92,7 @@ def excess_energy(layer: LayerUpdate) -> float:
 
 @measures("layer", unit="index", reference=_PROJLENS)
 def knee(layer: LayerUpdate) -> float:
-    """Number of leading values before the sorted spectrum turns flat (greatest fall below the chord)"""
+    """Number of leading values before the sorted spectrum turns flat."""
     if len(_spectrum(layer).values) < 3:
         raise Skip("fewer than three singular values")
     return float(layer.spectrum.knee)

@@ -1,4 +1,4 @@
-"""Facts about the checkpoint that need no statistics: which base, which bytes, what else changed."""
+"""Facts about the checkpoint: which base, which bytes, what else changed. No statistics."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def base_claims(facts: Facts) -> Value:
         return Value(1.0)
     repos = dict.fromkeys(claim.repo.lower() for claim in facts.provenance.claims)
     return Value(
-        float(len(repos)), tuple(f"{claim.source}: {claim.repo}" for claim in facts.provenance.claims)
+        float(len(repos)),
+        tuple(f"{claim.source}: {claim.repo}" for claim in facts.provenance.claims),
     )
 
 

@@ -1,44 +1,21 @@
-"""Charts of a report as inline SVG, each with the same in words and numbers beside it.
-
-matplotlib draws fixed words and numbers only. Names from repositories are put into the finished
-SVG, escaped, so that they reach neither its text layout nor its math markup.
-"""
+"""Charts of a report, each with the same in words and numbers beside the picture."""
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
-from typing import Any
 
 from projaudit.findings import Series
-from projaudit.formats.wording import number, percent
+from projaudit.formats.svg import AXES, bars, lines, named_points, quiet_matplotlib, swatch
+from projaudit.formats.wording import number, percent, plural
 from projaudit.inert import clean
 from projaudit.report import Report
 
 MOST = 24
 """Charts that one report draws; an ambiguous repository can have many projectors."""
-_BARS = 16
 _ROWS = 64
-_NAME_LENGTH = 22
-_SIZE = (4.2, 2.75)
-"""Inches of 72 units: small, so that a narrow screen shows the letters at their own size."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a line looks; told apart by dashes and marker, not by colour alone."""
-
-    role: str
-    dashes: tuple[float, ...] = ()
-    marker: str = ""
-    width: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -63,27 +40,6 @@ class Chart:
     """Rows that the table does not show."""
 
 
-# Placeholders that no colour of matplotlib's own uses; each becomes a CSS variable, so that one
-# picture serves light, dark and paper. The second value is for readers without those variables.
-_COLOURS: Mapping[str, tuple[str, str]] = {
-    "ink": ("#010201", "#3d4858"),
-    "axis": ("#010202", "#98a2b0"),
-    "grid": ("#010203", "#e4e8ee"),
-    "update": ("#010204", "#2f56c4"),
-    "equal-norm": ("#010205", "#b35c00"),
-    "equal-spectrum": ("#010206", "#0f7f6f"),
-    "edge": ("#010207", "#b3261e"),
-    "other": ("#010208", "#7a4fb5"),
-}
-
-_STYLES = {
-    "update": Style("update", (), "o", 1.8),
-    "null: equal norm": Style("equal-norm", (4.0, 2.0), "s"),
-    "null: equal spectrum": Style("equal-spectrum", (6.0, 1.6, 1.4, 1.6), "^"),
-    "noise edge": Style("edge", (1.4, 1.6), "", 1.4),
-}
-_FALLBACK = Style("other", (2.5, 1.2), "D")
-
 _TITLES = {
     "spectrum": "Spectrum of the update",
     "energy": "Cumulative energy of the update",
@@ -98,23 +54,18 @@ _READING = {
     "alignment": "Cosine of each direction with its nearest token or target. It describes, and "
     "accuses nobody.",
 }
-_AXES = {
-    "spectrum": ("index", "singular value"),
-    "energy": ("number of directions", "share of the energy"),
-    "response": ("input norm, × typical", "relative shift"),
-}
 
 
 def charts(report: Report) -> tuple[Chart, ...]:
     """The charts of the report, by projector and layer; at most `MOST`."""
     order = {kind: place for place, kind in enumerate(_TITLES)}
 
-    def key(series: Series) -> tuple[str, int, str, str]:
+    def key(series: Series) -> tuple[str, int, str, str, str]:
         projector, _, layer = series.subject.partition("/")
-        return projector, order.get(series.chart, len(order)), series.chart, layer
+        return projector, order.get(series.chart, len(order)), series.chart, layer, series.subject
 
     groups = [list(group) for _, group in groupby(sorted(report.series, key=key), key=key)]
-    with _quiet_matplotlib():
+    with quiet_matplotlib():
         return tuple(_chart(f"chart-{n}", group) for n, group in enumerate(groups[:MOST], 1))
 
 
@@ -130,12 +81,12 @@ def _chart(ident: str, group: Sequence[Series]) -> Chart:
     title = _TITLES.get(kind, f"Chart “{clean(kind, 60)}”")
     summary = _SUMMARIES.get(kind, _summary)(drawn)
     if hidden:
-        summary += f" {hidden} points are not finite or out of range and are not drawn."
+        summary += f" Not drawn, being not finite or out of range: {plural(hidden, 'point')}."
     visible = [series for series in drawn if series.x]
     named = kind == "alignment"
     svg = ""
     if visible:
-        draw = _bars if named else _lines
+        draw = bars if named else lines
         svg = draw(ident, title, summary, kind, visible)
     columns, rows = _named_table(group) if named else _table(kind, group)
     return Chart(
@@ -146,7 +97,7 @@ def _chart(ident: str, group: Sequence[Series]) -> Chart:
         reading=_READING.get(kind, ""),
         summary=summary,
         svg=svg,
-        legend=tuple((_swatch(s.label, bars=named), clean(s.label, 60)) for s in visible),
+        legend=tuple((swatch(s.label, bars=named), clean(s.label, 60)) for s in visible),
         columns=columns,
         rows=rows[:_ROWS],
         left_out=max(len(rows) - _ROWS, 0),
@@ -171,261 +122,6 @@ def _drawable(series: Series) -> Series:
     )
 
 
-def _style(label: str) -> Style:
-    return _STYLES.get(label, _FALLBACK)
-
-
-def _colour(role: str) -> str:
-    return _COLOURS[role][0]
-
-
-def _lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series]) -> str:
-    """A line chart: spectrum, energy, response, and kinds that this version does not know."""
-    figure, axes = _axes(left=0.155)
-    values = [y for series in drawn for y in series.y]
-    places = [x for series in drawn for x in series.x]
-    for series in sorted(drawn, key=lambda one: one.label == "update"):  # last is on top
-        style = _style(series.label)
-        level = series.label == "noise edge" and len(set(series.y)) == 1
-        if level:
-            low, high = min(places), max(places)
-            axes.plot([low, high], [series.y[0]] * 2, **_pen(style, 0))
-            axes.annotate(
-                "noise edge",
-                (1, series.y[0]),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
-                textcoords="offset points",
-                ha="right",
-                color=_colour("edge"),
-            )
-        else:
-            axes.plot(series.x, series.y, **_pen(style, len(series.x)))
-    x_label, y_label = _AXES.get(kind, ("x", "y"))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if kind == "energy":
-        axes.set_ylim(0, max(1.02, *values))
-        _ticks(axes.yaxis, percent)
-    elif kind in {"spectrum", "response"} and _wide(values, 3):
-        axes.set_yscale("log")
-        _log_ticks(axes.yaxis, values)
-    else:
-        if min(values) >= 0:
-            axes.set_ylim(bottom=0)
-        _ticks(axes.yaxis, number)
-    if kind == "response" and _wide(places, 4):
-        axes.set_xscale("log", base=2)
-        _fixed_ticks(axes.xaxis, sorted(set(places)))
-    elif kind in {"spectrum", "energy"}:
-        _index_ticks(axes.xaxis, max(places))
-    else:
-        _ticks(axes.xaxis, number)
-    return _svg(figure, ident, title, summary, ())
-
-
-def _bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series]) -> str:
-    """Horizontal bars, one per named point; what a null gives stands on them as a mark."""
-    nulls = {
-        (place, series.label): value
-        for series in drawn
-        if series.label.startswith("null")
-        for place, value in zip(series.x, series.y, strict=True)
-    }
-    bars = [bar for bar in _points(drawn) if not bar[0].startswith("null")][:_BARS]
-    bars = bars or _points(drawn)[:_BARS]
-    figure, axes = _axes(left=0.37, height=0.55 + 0.19 * max(len(bars), 4))
-    names = []
-    for row, (label, place, value, name) in enumerate(bars):
-        axes.barh(row, value, height=0.62, color=_colour(_style(label).role))
-        names.append(f"{number(place)} · {clean(name, _NAME_LENGTH)}" if name else number(place))
-        for (at, null), level in nulls.items():
-            if at == place:
-                tone = _colour(_style(null).role)
-                axes.plot([level, level], [row - 0.42, row + 0.42], color=tone, linewidth=1.8)
-    axes.set_yticks(range(len(bars)), [_placeholder(n) for n in range(len(bars))])
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.axvline(0, color=_colour("axis"), linewidth=0.8)
-    axes.margins(x=0.08)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("cosine")
-    _ticks(axes.xaxis, number)
-    return _svg(figure, ident, title, summary, names)
-
-
-def _points(drawn: Iterable[Series]) -> list[tuple[str, float, float, str]]:
-    return [
-        (series.label, x, y, name)
-        for series in drawn
-        for x, y, name in zip(series.x, series.y, series.names, strict=True)
-    ]
-
-
-def _axes(left: float, height: float = _SIZE[1]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_SIZE[0], height))
-    FigureCanvasSVG(figure)
-    bottom, top = 0.46 / height, 0.1 / height
-    axes = figure.add_axes((left, bottom, 0.975 - left, 1 - bottom - top))
-    axes.grid(visible=True, color=_colour("grid"), linewidth=0.7)
-    axes.set_axisbelow(True)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in {"left", "bottom"})
-    return figure, axes
-
-
-def _pen(style: Style, points: int) -> dict[str, Any]:
-    return {
-        "color": _colour(style.role),
-        "linewidth": style.width,
-        "linestyle": (0, style.dashes) if style.dashes else "-",
-        "marker": style.marker or None,
-        "markersize": 3.2,
-        "markevery": max(points // 12, 1),
-    }
-
-
-def _wide(values: Sequence[float], ratio: float) -> bool:
-    return min(values) > 0 and max(values) / min(values) >= ratio
-
-
-def _ticks(axis: Any, words: Callable[[float], str]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: words(round(value, 12))))
-
-
-def _index_ticks(axis: Any, last: float) -> None:
-    step = next((s for s in (1, 2, 5, 10, 20, 50, 100) if last / s <= 8), max(last / 8, 1))
-    _fixed_ticks(axis, [1, *(n * step for n in range(1, 9) if 1 < n * step <= last)])
-
-
-def _log_ticks(axis: Any, values: Sequence[float]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    decades = math.log10(max(values) / min(values))
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)))
-    axis.set_minor_locator(NullLocator())
-    _plain(axis)
-
-
-def _fixed_ticks(axis: Any, places: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axis.set_major_locator(FixedLocator(places if len(places) <= 9 else places[:: len(places) // 8]))
-    axis.set_minor_locator(NullLocator())
-    _plain(axis)
-
-
-def _plain(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, ".4g")))
-
-
-@contextmanager
-def _quiet_matplotlib() -> Iterator[None]:
-    """A matplotlib that depends on nobody's matplotlibrc and says nothing about its font cache."""
-    log = logging.getLogger("matplotlib")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        import matplotlib
-
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(
-                {
-                    "svg.fonttype": "none",
-                    "svg.hashsalt": "projaudit",
-                    "text.parse_math": False,
-                    "axes.unicode_minus": False,
-                    "font.size": 8.5,
-                    "text.color": _colour("ink"),
-                    "axes.labelcolor": _colour("ink"),
-                    "axes.edgecolor": _colour("axis"),
-                    "axes.linewidth": 0.8,
-                    "xtick.color": _colour("axis"),
-                    "ytick.color": _colour("axis"),
-                    "xtick.labelcolor": _colour("ink"),
-                    "ytick.labelcolor": _colour("ink"),
-                }
-            )
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _placeholder(index: int) -> str:
-    return f"name{index:03d}x"
-
-
-def _svg(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]) -> str:
-    """The figure as an `<svg>` for a page: own ids, colours as variables, title and description."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    drawing = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
-    # A style element would act on the whole page.
-    drawing = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", drawing, count=1, flags=re.S)
-    frame, _, body = drawing[drawing.index("<svg") :].partition(">")
-    body = body.rpartition("</svg>")[0]
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body).replace("xlink:href", "href")
-    used = set(re.findall(r"(?:href=\"#|url\(#)([\w.]+)", body))
-    body = re.sub(
-        r' id="([\w.]+)"',
-        lambda match: f' id="{ident}-{match[1]}"' if match[1] in used else "",
-        body,
-    )
-    body = re.sub(r'(href="#|url\(#)([\w.]+)', rf"\1{ident}-\2", body)
-    body = re.sub(r"\s*\n\s*", " ", body)
-    for role, (colour, plain) in _COLOURS.items():
-        body = body.replace(colour, f"var(--chart-{role}, {plain})")
-    for index, name in enumerate(names):
-        body = body.replace(f">{_placeholder(index)}<", f">{_text(name)}<")
-    box = re.search(r'viewBox="([\d. ]+)"', frame)
-    return (
-        f'<svg class="chart" role="img" viewBox="{box[1] if box else "0 0 300 200"}" '
-        f'aria-labelledby="{ident}-title {ident}-desc" '
-        'stroke-linejoin="round" stroke-linecap="butt">'
-        f'<title id="{ident}-title">{_text(title)}</title>'
-        f'<desc id="{ident}-desc">{_text(summary)}</desc>{body}</svg>'
-    )
-
-
-def _swatch(label: str, bars: bool) -> str:
-    """A piece of that line or bar, for the legend."""
-    style = _style(label)
-    colour = f"var(--chart-{style.role}, {_COLOURS[style.role][1]})"
-    dashes = " ".join(f"{style.width * dash:g}" for dash in style.dashes)
-    if bars and label.startswith("null"):
-        drawing = '<path d="M14 0V10" stroke-width="2"/>'
-    elif bars:
-        drawing = '<path d="M4 5H24" stroke-width="7"/>'
-    else:
-        mark = {
-            "o": '<circle cx="14" cy="5" r="2.6"/>',
-            "s": '<rect x="11.6" y="2.6" width="4.8" height="4.8"/>',
-            "^": '<path d="M14 2 17 7.6H11z"/>',
-            "D": '<path d="M14 1.8 17.2 5 14 8.2 10.8 5z"/>',
-        }.get(style.marker, "")
-        drawing = (
-            f'<path d="M1 5H27" stroke-width="{style.width:g}" '
-            f'stroke-dasharray="{dashes or "none"}"/>{mark}'
-        )
-    return (
-        '<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true" '
-        f'style="fill:{colour};stroke:{colour}">{drawing}</svg>'
-    )
-
-
-def _text(untrusted: str) -> str:
-    return escape(clean(untrusted, 1000))
-
-
 def _table(
     kind: str, group: Sequence[Series]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
@@ -445,7 +141,7 @@ def _table(
         )
         for place in places
     )
-    return (_AXES.get(kind, ("x", "y"))[0], *(series.label for series in group)), rows
+    return (AXES.get(kind, ("x", "y"))[0], *(series.label for series in group)), rows
 
 
 def _named_table(
@@ -466,7 +162,8 @@ def _labelled(drawn: Sequence[Series], label: str) -> Series | None:
 
 def _summary(drawn: Sequence[Series]) -> str:
     count = sum(len(series.x) for series in drawn)
-    return f"{len(drawn)} lines with {count} points; the numbers are in the table."
+    lines = plural(len(drawn), "line")
+    return f"{lines} with {plural(count, 'point')}; the numbers are in the table."
 
 
 def _spectrum_summary(drawn: Sequence[Series]) -> str:
@@ -512,7 +209,7 @@ def _response_summary(drawn: Sequence[Series]) -> str:
 
 
 def _alignment_summary(drawn: Sequence[Series]) -> str:
-    points = [point for point in _points(drawn) if not point[0].startswith("null")]
+    points = [point for point in named_points(drawn) if not point[0].startswith("null")]
     if not points:
         return _summary(drawn)
     _, place, value, name = max(points, key=lambda point: abs(point[2]))

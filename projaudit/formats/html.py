@@ -32,7 +32,7 @@ from projaudit.report import Identity, Report, RuleOutcome
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_TEXT_LIMIT = 2000
+_TEXT_LIMIT = 1000
 _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
@@ -51,25 +51,28 @@ def render(report: Report) -> str:
     """The HTML document, ending in a newline."""
     kinds = {null.kind for measurement in report.measurements for null in measurement.nulls}
     page = _environment().get_template("report.html.j2")
-    return page.render(
-        report=report,
-        word=verdict_word(report),
-        meaning=meaning(report),
-        origin=base_origin(report.provenance) if report.provenance else "",
-        charts=charts(report),
-        charts_left_out=left_out(report),
-        looked=_looked(report),
-        not_looked=_not_looked(report),
-        parts=report.coverage.parts,
-        shares=_shares(report),
-        differences=_differences(report),
-        findings=[f for f in worst_first(report.findings) if not _describes(f)],
-        descriptions=[f for f in worst_first(report.findings) if _describes(f)],
-        outcomes=_outcomes(report.rules),
-        subjects=_subjects(report.measurements),
-        null_kinds=[k for k in NULLS if k in kinds] + sorted(kinds - set(NULLS)),
-        command=command(report),
-    ) + "\n"
+    return (
+        page.render(
+            report=report,
+            word=verdict_word(report),
+            meaning=meaning(report),
+            origin=base_origin(report.provenance) if report.provenance else "",
+            charts=charts(report),
+            charts_left_out=left_out(report),
+            looked=_looked(report),
+            not_looked=_not_looked(report),
+            parts=report.coverage.parts,
+            shares=_shares(report),
+            differences=_differences(report),
+            findings=[f for f in worst_first(report.findings) if not _describes(f)],
+            descriptions=[f for f in worst_first(report.findings) if _describes(f)],
+            outcomes=_outcomes(report.rules),
+            subjects=_subjects(report.measurements),
+            null_kinds=[k for k in NULLS if k in kinds] + sorted(kinds - set(NULLS)),
+            command=command(report),
+        )
+        + "\n"
+    )
 
 
 def command(report: Report) -> str:
@@ -81,6 +84,8 @@ def command(report: Report) -> str:
         value = report.settings.get(name)
         if value is not None:
             options += [f"--{name}", str(value)]
+    if report.policy.name != "structure":  # what `check` applies unasked
+        options += ["--policy", report.policy.name]
     if report.policy.fail_on != "fail":
         options += ["--fail-on", report.policy.fail_on]
     if report.policy.exit_zero:
@@ -121,10 +126,16 @@ def _environment() -> Environment:
         "signed": signed,
         "hub_link": _hub_link,
         "paper_link": _paper_link,
-        "sentence_case": lambda text: text[:1].upper() + text[1:],
+        "sentence_case": _sentence_case,
     }
     environment.globals |= {"status_words": STATUS, "null_words": NULLS}
     return environment
+
+
+def _sentence_case(text: str) -> str:
+    """The text, inert, with a capital first; inert before that, or a secret would be missed."""
+    shown = clean(text, _TEXT_LIMIT)
+    return shown[:1].upper() + shown[1:]
 
 
 def _hub_link(identity: Identity) -> str:
@@ -151,9 +162,9 @@ def _describes(finding: Finding) -> bool:
 def _looked(report: Report) -> list[str]:
     """What the verdict rests on."""
     told = [
-        f"{projector.subject}: {projector.family} projector, {projector.in_features} → "
-        f"{projector.out_features} features, {plural(len(projector.layers), 'linear layer')}, "
-        "every weight compared with the base"
+        f"Projector{projector.subject.removeprefix('projector')}: family {projector.family}, "
+        f"{projector.in_features} → {projector.out_features} features, "
+        f"{plural(len(projector.layers), 'linear layer')}, every weight compared with the base"
         for projector in report.projectors
     ]
     read = sum(tensor.stop - tensor.start for tensor in report.tensors)
@@ -237,8 +248,4 @@ def _outcomes(rules: Sequence[RuleOutcome]) -> list[tuple[str, list[RuleOutcome]
 def _subjects(measurements: Sequence[Measurement]) -> list[_Subject]:
     """The measurements by subject, each in the order of the audit."""
     names = sorted({m.subject for m in measurements}, key=lambda name: (name.count("/"), name))
-    return [
-        _Subject(name, tuple(m for m in measurements if m.subject == name)) for name in names
-    ]
-
-
+    return [_Subject(name, tuple(m for m in measurements if m.subject == name)) for name in names]

@@ -140,7 +140,8 @@ def _document(report: Report) -> dict[str, Any]:
             for r in sorted(report.rules, key=lambda r: r.rule)
         ],
         "measurements": [
-            _measurement(m) for m in sorted(report.measurements, key=lambda m: (m.subject, m.metric))
+            _measurement(m)
+            for m in sorted(report.measurements, key=lambda m: (m.subject, m.metric))
         ],
         "skipped": [
             {"metric": s.metric, "subject": s.subject, "reason": s.reason}

@@ -1,0 +1,5 @@
+"""`python -m projaudit` is `projaudit`."""
+
+from projaudit.cli import main
+
+main()

@@ -1,0 +1,523 @@
+"""The three formats: what they promise, and that hostile names stay inert in each."""
+
+from __future__ import annotations
+
+import json as stdlib_json
+import math
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import click
+import jsonschema
+import pytest
+import sample_reports
+from browser import CHROMIUM, Page, browser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from projaudit.errors import FormatError
+from projaudit.findings import Series
+from projaudit.formats import FORMATS, html, json, text
+from projaudit.formats.charts import MOST, charts
+from projaudit.report import Report
+
+REPORTS = {
+    "passing": sample_reports.passing,
+    "review": sample_reports.review,
+    "failing": sample_reports.failing,
+    "inconclusive": sample_reports.inconclusive,
+    "error": sample_reports.error,
+    "hostile": sample_reports.hostile,
+}
+WORDS = {
+    "passing": "PASS",
+    "review": "REVIEW",
+    "failing": "FAIL",
+    "inconclusive": "INCONCLUSIVE",
+    "error": "NOT AUDITED",
+    "hostile": "FAIL",
+}
+_LINKS = re.compile(
+    r"https://huggingface\.co/[\w.-]+/[\w.-]+/tree/[0-9a-f]{40}|https://arxiv\.org/abs/[\dv.]+"
+)
+
+
+@pytest.fixture(params=REPORTS)
+def report(request: pytest.FixtureRequest) -> Report:
+    return REPORTS[request.param]()
+
+
+@cache
+def _page(name: str) -> str:
+    return html.render(REPORTS[name]())
+
+
+def _hidden(shown: str) -> set[str]:
+    return {c for c in shown if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}} - {"\n"}
+
+
+# What every format promises.
+
+
+def test_formats_are_torch_free_and_draw_nothing_at_import() -> None:
+    code = (
+        "import sys, projaudit.formats;"
+        "print([m for m in ('torch', 'matplotlib', 'jinja2', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_equal_reports_are_rendered_byte_identically(name: str, report: Report) -> None:
+    first = FORMATS[name].render(report)
+    assert first == FORMATS[name].render(report)
+    assert first.endswith("\n")
+    first.encode()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_format_shows_a_control_character_or_a_secret(name: str) -> None:
+    shown = FORMATS[name].render(sample_reports.hostile())
+    assert _hidden(shown) == set()
+    assert "hf_abcdef" not in shown.lower()
+    assert "abc123" not in shown
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_every_format_says_the_same_verdict(name: str) -> None:
+    report = REPORTS[name]()
+    assert text.render(report).startswith(f"{WORDS[name]} ")
+    assert f"</svg>{WORDS[name]}</h1>" in _page(name)
+    assert json.parse(json.render(report))["verdict"] == report.verdict.value
+
+
+# JSON.
+
+
+def test_json_validates_against_the_published_schema(report: Report) -> None:
+    jsonschema.validate(stdlib_json.loads(json.render(report)), json.schema())
+
+
+def test_json_writes_no_field_that_the_schema_does_not_know(report: Report) -> None:
+    closed = _closed(json.schema())
+    jsonschema.validate(stdlib_json.loads(json.render(report)), closed)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with every object closed: readers ignore unknown fields, the writer has none."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if "properties" in closed and isinstance(closed.get("required"), list):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def test_the_schema_is_itself_valid() -> None:
+    jsonschema.Draft202012Validator.check_schema(json.schema())
+
+
+def test_json_has_no_nan_and_says_where_one_was() -> None:
+    rendered = json.render(sample_reports.failing())
+    assert "NaN" not in rendered.replace("NaN or infinite", "")
+    lost = [m for m in json.parse(rendered)["measurements"] if m["nonfinite"]]
+    assert [(m["metric"], m["value"]) for m in lost] == [("stable_rank", None)]
+    assert rendered.isascii()
+
+
+def test_equal_runs_differ_in_the_run_object_only() -> None:
+    report = sample_reports.passing()
+    again = replace(
+        report,
+        target=replace(report.target, from_cache=True),
+        run=replace(report.run, started="2027-01-01T00:00:00Z", stages={"all": 9.0}, wire_bytes=0),
+        measurements=report.measurements[::-1],
+        findings=report.findings[::-1],
+    )
+    first, second = (json.parse(json.render(r)) for r in (report, again))
+    assert first.pop("run") != second.pop("run")
+    assert first == second
+
+
+def test_json_carries_the_error() -> None:
+    document = json.parse(json.render(sample_reports.error()))
+    assert (document["status"], document["exit_code"]) == ("failed", 2)
+    assert document["error"]["code"] == "format.safetensors"
+    assert set(document["error"]) == {"code", "message", "file", "field", "remedy"}
+    assert json.parse(json.render(sample_reports.passing()))["error"] is None
+
+
+def test_parse_reads_a_later_minor_with_fields_that_it_does_not_know() -> None:
+    document = stdlib_json.loads(json.render(sample_reports.passing()))
+    document |= {"schema_version": "1.7.0", "novelty": [1]}
+    assert json.parse(stdlib_json.dumps(document))["novelty"] == [1]
+    jsonschema.validate(document, json.schema())
+
+
+@pytest.mark.parametrize(
+    ("document", "field"),
+    [
+        ('{"schema_version": "2.0.0"}', "schema_version"),
+        ('{"schema_version": "0.9.0"}', "schema_version"),
+        ('{"schema_version": 1}', "schema_version"),
+        ("{}", "schema_version"),
+        ('{"schema_version": "1.0.0"}', "tool"),
+        ("[]", None),
+        ("", None),
+        ("not json", None),
+        ('{"schema_version": NaN}', None),
+        ('{"schema_version": "2.0.0", "schema_version": "1.0.0"}', None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_parse_refuses(document: str, field: str | None) -> None:
+    with pytest.raises(FormatError) as caught:
+        json.parse(document)
+    assert caught.value.code == "format.report"
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+# Text.
+
+
+def test_text_fits_one_screen(report: Report) -> None:
+    lines = text.render(report).splitlines()
+    assert len(lines) <= text.LINES
+    assert max(map(len, lines)) <= text.COLUMNS
+
+
+def test_text_keeps_one_record_per_line() -> None:
+    lines = text.render(sample_reports.hostile()).splitlines()
+    heads = [line[:13].strip() for line in lines if line.strip()]
+    assert [head for head in heads if head in set(WORDS.values())] == ["FAIL"]
+    assert not any(line.startswith(("PASS", "RESULT")) for line in lines[1:])
+
+
+def test_text_tells_the_most_severe_first_and_what_it_leaves_out() -> None:
+    report = sample_reports.failing()
+    many = replace(report, findings=report.findings * 9)
+    shown = text.render(many)
+    assert len(shown.splitlines()) <= text.LINES
+    assert shown.index("CRITICAL") < shown.index("more (see the JSON or HTML report)")
+
+
+def test_text_of_a_wide_name_stays_inside_its_columns() -> None:
+    report = sample_reports.passing()
+    wide = replace(report, target=replace(report.target, name="名" * 200))
+    line = next(line for line in text.render(wide).splitlines() if line.startswith("target"))
+    assert sum(2 if c == "名" else 1 for c in line) <= text.COLUMNS
+
+
+def test_colour_adds_escapes_and_nothing_else(report: Report) -> None:
+    plain, coloured = text.render(report), text.render(report, color=True)
+    assert "\x1b[" in coloured
+    stripped = "\n".join(line.rstrip() for line in click.unstyle(coloured).split("\n"))
+    assert stripped == plain
+
+
+def test_text_names_the_origin_of_the_base() -> None:
+    assert "the uploader's claim (model card)" in text.render(sample_reports.review())
+    assert "verified: named by --base" in text.render(sample_reports.passing())
+
+
+# HTML.
+
+
+class _Audit(HTMLParser):
+    """Tags, and whatever could load or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.bad: list[str] = []
+        self.ids: list[str] = []
+        self.references: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            shown = value or ""
+            if name.startswith("on") or name in {"src", "srcset", "xlink:href", "formaction"}:
+                self.bad.append(f"{tag} {name}={shown}")
+            if name == "href" and tag == "a" and not shown.startswith("#"):
+                self.links.append(shown)
+            if name == "href" and tag not in {"a", "use"} and shown != "data:,":
+                self.bad.append(f"{tag} {name}={shown}")
+            if name == "id":
+                self.ids.append(shown)
+            inner = re.findall(r"url\(#([^)]+)\)", shown)
+            if name in {"aria-labelledby", "href"}:
+                inner += shown.replace("#", " ").split() if "#" in shown or "aria" in name else []
+            self.references.update(i for i in inner if not i.startswith("http"))
+            if "url(" in shown.replace("url(#", ""):
+                self.bad.append(f"{tag} {name}={shown}")
+
+
+def _audit(page: str) -> _Audit:
+    audit = _Audit()
+    audit.feed(page)
+    audit.close()
+    return audit
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_html_has_no_script_and_loads_nothing(name: str) -> None:
+    page = _page(name)
+    audit = _audit(page)
+    assert not audit.tags & {"script", "img", "iframe", "object", "embed", "base", "form", "image"}
+    assert audit.bad == []
+    assert all(_LINKS.fullmatch(link) for link in audit.links)
+    styles = "".join(re.findall(r"<style>(.*?)</style>", page, re.S))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
+    assert "<!DOCTYPE svg" not in page
+    assert "<?xml" not in page
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_html_ids_are_unique_and_lead_somewhere(name: str) -> None:
+    audit = _audit(_page(name))
+    assert len(audit.ids) == len(set(audit.ids))
+    assert audit.references <= set(audit.ids)
+
+
+def test_html_escapes_every_hostile_name() -> None:
+    page = _page("hostile")
+    for markup in ("<img", "<script", '<a href="javascript', "</style><", "<!-- -->"):
+        assert markup not in page
+    assert "{{7*7}}" in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert page.count("</style>") == 1
+    assert page.count("</html>") == 1
+
+
+def test_html_tells_what_a_reader_needs() -> None:
+    page = _page("failing")
+    order = [
+        page.index(f'id="{name}"')
+        for name in ("coverage", "pictures", "rules", "measurements", "provenance", "reproduce")
+    ]
+    assert order == sorted(order)
+    assert sample_reports.failing().tensors[0].sha256 in page
+    assert "structure only; behaviour not probed" in page
+    assert "https://arxiv.org/abs/2604.19083" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"endpoint": "https://evil.example"},
+        {"name": "a/b/../c"},
+        {"name": 'a/b"onclick="x'},
+        {"commit": "main"},
+        {"kind": "local"},
+        {"endpoint": None},
+    ],
+)
+def test_html_links_a_model_only_to_the_hub_that_it_comes_from(change: dict[str, Any]) -> None:
+    report = sample_reports.error()
+    assert "https://huggingface.co/acme" in html.render(report)
+    odd = replace(report, target=replace(report.target, **change))
+    assert _audit(html.render(odd)).links == []
+
+
+def test_the_command_reproduces_and_is_quoted() -> None:
+    report = sample_reports.passing()
+    command = html.command(report)
+    assert f"{report.target.name}@{report.target.commit}" in command
+    assert "--seed 20260419" in command
+    evil = replace(report, target=replace(report.target, name="'; rm -rf ~ #\n", commit=None))
+    line = html.command(evil)
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"projaudit() {{ printf '%s|' \"$@\"; }}; {line}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("--|'; rm -rf ~ #\\u000a|")
+
+
+# Charts.
+
+
+def test_each_chart_has_its_words_and_numbers() -> None:
+    drawn = charts(sample_reports.passing())
+    assert [chart.kind for chart in drawn].count("spectrum") == 2
+    for chart in drawn:
+        assert chart.summary
+        assert chart.rows
+        assert f'id="{chart.ident}-desc"' in chart.svg
+        assert "#0102" not in chart.svg  # every placeholder colour became a variable
+        assert "<style" not in chart.svg
+    spectrum = drawn[0]
+    assert "11 of them lie above the noise edge of 0.121" in spectrum.summary
+
+
+def test_names_reach_the_picture_as_text() -> None:
+    names = ("$x^2$ <b>", "\x1b[31m & \u202e")
+    series = Series("alignment", "projector", "update", (1.0, 2.0), (0.5, -0.5), names)
+    (chart,) = charts(replace(sample_reports.passing(), series=(series,)))
+    assert "$x^2$ &lt;b&gt;" in chart.svg
+    assert _hidden(chart.svg) == set()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308, 5e-324, 0.0, -1.0])
+@pytest.mark.parametrize("kind", ["spectrum", "energy", "response", "alignment", "novel"])
+def test_any_number_can_be_charted(kind: str, value: float) -> None:
+    series = tuple(
+        Series(kind, "projector", label, (value, 2.0), (value, value))
+        for label in ("update", "null: equal norm", "noise edge")
+    )
+    (chart,) = charts(replace(sample_reports.passing(), series=series))
+    assert len(chart.rows) >= 1
+
+
+def test_many_charts_are_capped_and_counted() -> None:
+    series = tuple(
+        Series("energy", f"projector@{n}", "update", (1.0,), (1.0,)) for n in range(MOST + 3)
+    )
+    report = replace(sample_reports.passing(), series=series)
+    assert len(charts(report)) == MOST
+    assert "3 more pictures are not drawn" in html.render(report)
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+    import matplotlib
+
+    before = matplotlib.rcParams["svg.fonttype"]
+    charts(sample_reports.passing())
+    assert matplotlib.rcParams["svg.fonttype"] == before
+
+
+# Arbitrary text in every field that a repository or a server can fill.
+
+_TEXTS = st.lists(
+    st.one_of(
+        st.text(max_size=40),
+        st.text("<>&\"'{}%$\\\x1b\n\r\u202e\u2028[]`-=:@/", max_size=20),
+        st.sampled_from(sample_reports.HOSTILE),
+    ),
+    min_size=1,
+    max_size=7,
+).map(tuple)
+_VALUES = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_TEXTS, _VALUES)
+def test_any_text_is_inert_in_every_format(texts: tuple[str, ...], value: float) -> None:
+    report = sample_reports.with_text(texts, value)
+    shown = text.render(report)
+    assert len(shown.splitlines()) <= text.LINES
+    assert _hidden(shown) == set()
+    document = json.render(report)
+    jsonschema.validate(json.parse(document), json.schema())
+    assert _hidden(document) == set()
+    page = html.render(report)
+    assert _hidden(page) == set()
+    audit = _audit(page)
+    assert audit.bad == []
+    assert not audit.tags & {"script", "img", "iframe"}
+    assert audit.tags <= _plain_tags()
+
+
+@cache
+def _plain_tags() -> frozenset[str]:
+    """Tags of the same report with harmless names."""
+    return frozenset(_audit(html.render(sample_reports.with_text(("plain",), 0.5))).tags)
+
+
+# A real browser.
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI needs Chromium to open the HTML report")
+        pytest.skip("Chromium is not installed")
+    with browser(tmp_path_factory.mktemp("chromium") / "profile") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "scheme", "media"),
+    [
+        ("passing", 1280, "light", ""),
+        ("review", 1280, "dark", ""),
+        ("failing", 400, "light", ""),
+        ("hostile", 400, "dark", ""),
+        ("inconclusive", 1280, "light", ""),
+        ("error", 718, "light", "print"),
+        ("failing", 718, "light", "print"),
+    ],
+)
+def test_a_browser_shows_the_page_asks_for_nothing_and_complains_of_nothing(
+    page: Page, tmp_path: Path, name: str, width: int, scheme: str, media: str
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(_page(name), encoding="utf-8")
+    page.requests.clear()
+    page.complaints.clear()
+    page.open(file, width=width, scheme=scheme, media=media)
+    shot = tmp_path / "report.png"
+    page.screenshot(shot)
+    assert page.requests == [file.as_uri()]
+    assert page.complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.querySelector('h1').innerText.trim()") == WORDS[name]
+    assert shot.stat().st_size > 20_000
+    assert page.evaluate(_CONTRAST) == []
+
+
+def test_the_browser_would_have_noticed(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    shown = html.render(sample_reports.error())
+    evil = '<img src="https://projaudit.invalid/x.png"><script>alert(1)</script>'
+    file.write_text(shown.replace("<main>", f"<main>{evil}"), encoding="utf-8")
+    page.complaints.clear()
+    page.open(file)
+    page.evaluate("1")
+    assert len([c for c in page.complaints if "Content Security Policy" in c]) >= 2
+
+
+_CONTRAST = """
+(() => {
+  const light = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map(v => (v /= 255) <= .03928 ? v / 12.92
+      : Math.pow((v + .055) / 1.055, 2.4));
+    return .2126 * x + .7152 * y + .0722 * z;
+  };
+  const rgb = s => (s.match(/[\\d.]+/g) || []).map(Number);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = rgb(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] > 0) return c;
+    }
+    return [255, 255, 255];
+  };
+  const bad = [];
+  for (const e of document.querySelectorAll('h1,h2,h3,p,li,td,th,dt,dd,a,summary,code')) {
+    if (!e.innerText || !e.checkVisibility()) continue;
+    const [a, b] = [rgb(getComputedStyle(e).color), behind(e)].map(light);
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) bad.push(e.tagName + ' ' + e.className + ' ' + ratio.toFixed(2));
+  }
+  return [...new Set(bad)];
+})()
+"""

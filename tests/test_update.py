@@ -1,0 +1,241 @@
+"""The update: exact pairs, honest rounding, and reparametrisations undone only where exact."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from projaudit.errors import BaseError, UnsupportedError
+from projaudit.projector import forward, locate
+from projaudit.update import ProjectorUpdate, pair, rounding
+from tests.models import CONFIG, P, Tensors, llava, tuned
+
+W1, W2 = f"{P}linear_1.weight", f"{P}linear_2.weight"
+B1, B2 = f"{P}linear_1.bias", f"{P}linear_2.bias"
+
+
+def paired(base: Tensors, target: Tensors, config: dict[str, object] | None = None, **kw: object):
+    def found(tensors: Tensors):
+        (projector,) = locate({n: tuple(t.shape) for n, t in tensors.items()}, config or CONFIG)
+        return projector
+
+    return pair(
+        found(target),
+        found(base),
+        target,
+        base,
+        subject="projector",
+        device=torch.device("cpu"),
+        rank=32,
+        generator=torch.Generator().manual_seed(0),
+        **kw,
+    )
+
+
+def delta(update: ProjectorUpdate, role: str) -> torch.Tensor:
+    return next(layer for layer in update.layers if layer.role == role).delta
+
+
+def permuted(tensors: Tensors, order: torch.Tensor) -> Tensors:
+    return tensors | {
+        W1: tensors[W1][order],
+        B1: tensors[B1][order],
+        W2: tensors[W2][:, order],
+    }
+
+
+def test_an_update_is_the_difference():
+    base = llava()
+    target = tuned(base)
+    update = paired(base, target)
+    assert torch.equal(delta(update, "linear_1"), target[W1] - base[W1])
+    assert torch.equal(delta(update, "linear_2"), target[W2] - base[W2])
+    assert not update.unchanged
+    assert [layer.changed_fraction for layer in update.layers] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    list(itertools.product(
+        [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn], repeat=2
+    )),
+)
+def test_storing_in_another_dtype_is_no_change(old: torch.dtype, new: torch.dtype):
+    """Every floating dtype on either side: rounding is not a change, and the floor predicts it."""
+    full = torch.randn(64, 48, generator=torch.Generator().manual_seed(3)) * 0.2
+    before = full.to(old)
+    after = before.float().to(new) if old != torch.float64 else before.to(torch.float32).to(new)
+    changed, floor = rounding(before, after)
+    assert changed == 0.0
+    measured = float((after.double() - before.double()).norm() / before.double().norm())
+    assert measured <= 2 * floor
+
+
+def test_one_ulp_is_a_change():
+    before = torch.full((8, 8), 0.75, dtype=torch.bfloat16)
+    after = before.clone()
+    after[2, 3] = torch.nextafter(after[2, 3], torch.tensor(2.0, dtype=torch.bfloat16))
+    assert rounding(before, after)[0] == 1 / 64
+
+
+def test_bfloat16_floor_is_what_rounding_gives():
+    """threats K10: about 0.17 % for a float32 matrix stored as bfloat16."""
+    before = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
+    after = before.to(torch.bfloat16)
+    _, floor = rounding(before, after)
+    measured = float((after.float() - before).norm() / before.norm())
+    assert floor == pytest.approx(measured, rel=0.05)
+    assert 0.001 < floor < 0.002
+
+
+def test_unchanged_looks_at_biases_too():
+    base = llava()
+    assert paired(base, dict(base)).unchanged
+    assert paired(base, {n: t.to(torch.bfloat16) for n, t in base.items()}).unchanged
+    moved = dict(base) | {B2: base[B2] + 0.5}
+    assert not paired(base, moved).unchanged
+
+
+@given(seed=st.integers(0, 2**31), moved=st.integers(2, 64))
+@settings(max_examples=25, deadline=None)
+def test_any_permutation_is_recovered(seed: int, moved: int):
+    """threats K1: permuting hidden units hides an update; undone, the update is as it was."""
+    base = llava()
+    target = tuned(base, 0.1)
+    g = torch.Generator().manual_seed(seed)
+    which = torch.randperm(64, generator=g)[:moved]
+    order = torch.arange(64)
+    order[which] = which[torch.roll(torch.arange(moved), 1)]
+    update = paired(base, permuted(target, order))
+    assert torch.equal(delta(update, "linear_1"), target[W1] - base[W1])
+    assert torch.equal(delta(update, "linear_2"), target[W2] - base[W2])
+    assert update.layers[0].permuted_units == moved
+
+
+def test_an_honest_update_is_not_permuted():
+    base = llava()
+    for size in (0.02, 0.3, 1.0, 3.0):
+        update = paired(base, tuned(base, size))
+        assert [layer.permuted_units for layer in update.layers] == [0, 0]
+
+
+def test_alignment_leaves_the_tuned_function_alone():
+    base = llava()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(9))
+    target = permuted(tuned(base, 0.05), order)
+    update = paired(base, target)
+    x = torch.randn(10, 48, generator=torch.Generator().manual_seed(2))
+    stored = {n.removeprefix(P): t for n, t in target.items() if n.startswith(P)}
+    assert torch.allclose(
+        forward(update.chain, update.weights("after"), x),
+        forward(update.chain, stored, x),
+        atol=1e-5,
+    )
+
+
+def test_relu_scaling_is_undone_and_gelu_scaling_is_a_change():
+    """threats K3: s·relu(z/s) is the same function, s·gelu(z/s) is not."""
+    base = llava()
+    target = tuned(base, 0.01)
+    scale = torch.linspace(0.5, 2.0, 64)
+    scaled = target | {
+        W1: target[W1] * scale[:, None],
+        B1: target[B1] * scale,
+        W2: target[W2] / scale,
+    }
+    relu = CONFIG | {"projector_hidden_act": "relu"}
+    undone = paired(base, scaled, relu)
+    assert undone.layers[0].rescaled_units > 50
+    assert float(delta(undone, "linear_1").norm()) < 0.05 * float(base[W1].norm())
+    kept = paired(base, scaled)
+    assert kept.layers[0].rescaled_units == 0
+    assert torch.equal(delta(kept, "linear_1"), scaled[W1] - base[W1])
+
+
+def test_norm_gamma_absorbs_column_scaling():
+    """threats K3 at a norm: gamma/c and c·W are one function, so they are one update."""
+    base = llava()
+    base |= {
+        f"{P}projector_layernorm.weight": torch.ones(48),
+        f"{P}projector_layernorm.bias": torch.zeros(48),
+    }
+    config = CONFIG | {"architectures": ["VipLlavaForConditionalGeneration"]}
+    scale = torch.linspace(0.5, 2.0, 48)
+    gamma = f"{P}projector_layernorm.weight"
+    target = base | {gamma: base[gamma] / scale, W1: base[W1] * scale}
+    update = paired(base, target, config)
+    assert update.chain[0] == "projector_layernorm"
+    assert float(delta(update, "linear_1").norm()) < 1e-5
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
+    stored = {n.removeprefix(P): t for n, t in target.items() if n.startswith(P)}
+    assert torch.allclose(
+        forward(update.chain, update.weights("after"), x), forward(update.chain, stored, x), atol=1e-5
+    )
+
+
+def rotated(tensors: Tensors, rotation: torch.Tensor, *, embeddings: bool) -> Tensors:
+    embed = "language_model.model.embed_tokens.weight"
+    turned = tensors | {W2: rotation @ tensors[W2], B2: rotation @ tensors[B2]}
+    return turned | ({embed: tensors[embed] @ rotation.T} if embeddings else {})
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_rotation_counts_only_if_the_language_model_took_part(embeddings: bool):
+    """threats K2: undone where the embeddings were rotated too; otherwise it is a change."""
+    base = llava()
+    target = tuned(base, 0.02)
+    g = torch.Generator().manual_seed(8)
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=g)).Q
+    turned = rotated(target, rotation, embeddings=embeddings)
+    embed = "language_model.model.embed_tokens.weight"
+    update = paired(base, turned, embedding_rows=lambda: (base[embed], turned[embed]))
+    last = update.layers[-1]
+    assert last.rotated is embeddings
+    size = float(last.delta.norm() / base[W2].norm())
+    assert size < 0.1 if embeddings else size > 1.0
+
+
+def test_shapes_that_differ_are_not_compared():
+    base = llava()
+    with pytest.raises(UnsupportedError, match="has shape") as raised:
+        paired(base, llava(h=80))
+    assert (raised.value.code, raised.value.exit_code) == ("unsupported.shape", 3)
+
+
+def test_non_finite_weights_stop_the_measuring():
+    base = llava()
+    target = tuned(base)
+    target[W1][3, 5] = float("nan")
+    target[B2][0] = float("inf")
+    update = paired(base, target)
+    assert update.nonfinite == {"linear_1.weight": 1, "linear_2.bias": 1}
+    assert update.layers == ()
+    with pytest.raises(BaseError, match="NaN or Inf") as raised:
+        paired(target, base)
+    assert (raised.value.code, raised.value.exit_code) == ("base.non-finite", 3)
+
+
+def test_a_zero_base_is_no_base():
+    base = llava()
+    base[W2] = torch.zeros_like(base[W2])
+    with pytest.raises(BaseError, match="zero") as raised:
+        paired(base, tuned(llava()))
+    assert raised.value.code == "base.zero"
+
+
+def test_huge_finite_weights_do_not_pass_for_small():
+    """threats B8, K16: 3e38 entries overflow a naive norm."""
+    from projaudit.analyses import run
+
+    base = llava()
+    target = tuned(base)
+    target[W1] = target[W1].clone()
+    target[W1][0, 0] = 3e38
+    update = paired(base, target)
+    measured, _ = run("layer", "projector/linear_1", update.layers[0])
+    norm = next(m.value for m in measured if m.metric == "relative_norm")
+    assert norm > 1e30
