@@ -546,7 +546,8 @@ def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambigui
     says = {
         "pickle-beside": "pickled weights, which older or other loaders may take; not read",
         "gguf-beside": "GGUF weights, which llama.cpp takes; not read",
-        "adapter-beside": "an adapter, which transformers applies to the weights; not read",
+        "adapter-beside": "an adapter, which transformers applies where peft is installed "
+        "(from a Hub: to the base that the adapter names); not read",
         "unread-subfolder": "weights in a subfolder, loaded if it is asked for; not read",
     }
     return [

@@ -164,7 +164,7 @@ class FakeHub:
         for origin in ("hub", "cdn", "evil"):
             server = _Server(self, origin)
             self._servers[origin] = server
-            thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+            thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
             thread.start()
             self._threads.append(thread)
         return self

@@ -34,7 +34,7 @@ class EmbeddingMatrix(Protocol):
         ...
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(id of the first row, rows (b × width) fp32), in order of ids; from the start each call."""
+        """(id of the first row, rows (b × width) fp32) in order, from the start at each call."""
         ...
 
     def name(self, token: int) -> str:
@@ -52,7 +52,7 @@ class ProjectorContext:
 
     @cached_property
     def probes(self) -> Probes:
-        """Both projectors on the same inputs, beside random updates. Raises Skip (see run_probes)."""
+        """Both projectors on the same inputs, beside random updates. Raises Skip as run_probes."""
         from projaudit.analyses.probes import run_probes
 
         return run_probes(self.update)

@@ -115,7 +115,7 @@ class _Change:
 
 
 def typical_norm(update: ProjectorUpdate) -> float:
-    """ρ = √(in·h) / ‖W1‖F of the base's first layer: isotropic inputs give pre-activations of RMS 1.
+    """ρ = √(in·h) / ‖W1‖F of the base: isotropic inputs give first pre-activations of RMS 1.
 
     Data-free, as E‖W1x‖² = ρ²‖W1‖F²/in. There the activation leaves its linear part around zero;
     real features, whose directions are not isotropic, may be longer or shorter. Where a
@@ -273,8 +273,13 @@ def _real(update: ProjectorUpdate) -> _Change:
         },
         norms={role: tuned[role] for role in _norm_tensors(update)},
         read=_kept(update.layers[0]),
-        written=_kept(update.layers[-1], left=True),
+        written=written_directions(update),
     )
+
+
+def written_directions(update: ProjectorUpdate) -> Tensor:
+    """Leading left singular vectors of the last layer's ΔW (out × r), r = 0 where it is zero."""
+    return _kept(update.layers[-1], left=True)
 
 
 def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change:
@@ -290,9 +295,8 @@ def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change
             else gaussian_values(m, n, layer.spectrum.frobenius, SUBSPACE_RANK)
         ).to(layer.before)
         k = len(values)
-        like = {"dtype": layer.before.dtype, "device": layer.before.device}
-        left = random_orthonormal(m, k, generator=generator, **like)
-        right = random_orthonormal(n, k, generator=generator, **like)
+        left = random_orthonormal(m, k, generator=generator).to(layer.before)
+        right = random_orthonormal(n, k, generator=generator).to(layer.before)
         energy = layer.spectrum.frobenius**2 - float(values.double().square().sum())
         spread = math.sqrt(max(energy, 0.0) / max((m - k) * (n - k), 1))
         bias = _bias_delta(layer)
@@ -418,7 +422,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 @measures("projector", unit="ratio", reference=_PROJLENS)
 def shift_magnitude(ctx: ProjectorContext) -> Value:
-    """median ‖s(x)‖ / ‖P_base(x)‖ over isotropic x of typical norm, s(x) = P_tuned(x) − P_base(x)"""
+    """median ‖s(x)‖ / ‖P_base(x)‖ over isotropic x of typical norm, s = P_tuned − P_base"""
     return _beside_nulls(ctx, "isotropic", partial(_relative, norm=1.0))
 
 
@@ -431,9 +435,9 @@ def shift_magnitude_high(ctx: ProjectorContext) -> Value:
 
 @measures("projector", reference="ProjLens, arXiv:2604.19083, §1.5")
 def shift_slope(ctx: ProjectorContext) -> Value:
-    """Least-squares slope of ln ‖s(x)‖ against ln ‖x‖, isotropic x of ½ to 16 times the typical norm.
+    """Least-squares slope of ln ‖s(x)‖ against ln ‖x‖, isotropic x of ½ to 16 times typical norm.
 
-    1: the shift is proportional to its input; 0: it is the same for every input, as a bias makes it.
+    1: the shift is proportional to its input; 0: it is the same for every one, as a bias makes it.
     """
     _needs_norms(ctx)
     return _beside_nulls(ctx, "isotropic", _slope)
@@ -448,7 +452,7 @@ def shift_slope_r2(ctx: ProjectorContext) -> Value:
 
 @measures("projector", reference=_PROJLENS)
 def shift_concentration(ctx: ProjectorContext) -> Value:
-    """‖mean of s(x)/‖s(x)‖‖ over isotropic x of typical norm; 1: every input is pushed the same way.
+    """‖mean of s(x)/‖s(x)‖‖ over isotropic x of typical norm; 1: all are pushed the same way.
 
     A random update has one well above 1/√inputs, too, as activations have a positive mean.
     """
@@ -488,40 +492,45 @@ def singular_shift_magnitude(ctx: ProjectorContext) -> Value:
 
 @measures("projector", unit="ratio")
 def singular_shift_magnitude_high(ctx: ProjectorContext) -> Value:
-    """max ‖s(x)‖ / ‖P_base(x)‖ over x = ± the 2 top right singular vectors of ΔW1, 16 times typical"""
+    """max ‖s(x)‖ / ‖P_base(x)‖ over x = ± the 2 top right singular vectors of ΔW1, 16 × typical"""
     _needs_norms(ctx)
     return _largest(ctx, AIMED_NORMS[-1])
 
 
 @measures("projector", unit="ratio")
 def subspace_shift_magnitude(ctx: ProjectorContext) -> Value:
-    """median ‖s(x)‖ / ‖P_base(x)‖ over random x of ΔW1's top-5 right singular subspace, typical norm"""
+    """median ‖s(x)‖ / ‖P_base(x)‖ over random x of ΔW1's top-5 right subspace, typical norm"""
     return _beside_nulls(ctx, "subspace", partial(_relative, norm=1.0))
 
 
 @measures("projector")
 def subspace_shift_concentration(ctx: ProjectorContext) -> Value:
-    """‖mean of s(x)/‖s(x)‖‖ over random x of ΔW1's top-5 right singular subspace, 16 times typical.
+    """‖mean of s(x)/‖s(x)‖‖ over random x of ΔW1's top-5 right subspace, 16 × typical norm.
 
     Whatever a change reads in these directions, does it write one answer?
     """
     return _beside_nulls(ctx, "subspace", partial(_concentration, norm=AIMED_NORMS[-1]))
 
 
-def series(probes: Probes, subject: str) -> tuple[Series, ...]:
-    """Chart `response`: median relative shift of isotropic inputs against their norm, and both nulls."""
+def series(ctx: ProjectorContext) -> tuple[Series, ...]:
+    """Chart `response`: median relative shift of isotropic inputs against their norm, and nulls."""
 
     def curve(responses: Responses) -> list[float]:
         response = responses.groups["isotropic"]
-        return (response.size / response.base).median(dim=1).values.tolist()
+        medians: list[float] = (response.size / response.base).median(dim=1).values.tolist()
+        return medians
 
+    try:
+        probes = ctx.probes
+    except Skip:
+        return ()
     curves = {"update": curve(probes.update)}
     for kind, draws in probes.nulls.items():
         found = [curve(draw) for draw in draws]
         label = f"null: {kind.replace('_', ' ')}"
         curves[label] = [sum(at) / len(found) for at in zip(*found, strict=True)]
     return tuple(
-        Series("response", subject, label, NORMS, tuple(y))
+        Series("response", ctx.update.subject, label, NORMS, tuple(y))
         for label, y in curves.items()
         if all(math.isfinite(value) for value in y)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from projaudit.findings import Null
@@ -20,7 +21,7 @@ INTRUDER_RANK = 10
 INTRUDER_COSINE = 0.5
 """How many leading vectors are looked at, and what counts as resembling (PEFT's defaults)."""
 
-_OVERSAMPLE, _POWER_ITERS = 6, 3
+_BLOCK, _DEPTH = 16, 4
 
 
 @measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
@@ -94,7 +95,7 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
     if len(layers) < 2:
         raise Skip("the projector has one layer")
     found = []
-    for first, second in zip(layers, layers[1:], strict=False):
+    for first, second in pairwise(layers):
         if first.spectrum.frobenius == 0.0 or second.spectrum.frobenius == 0.0:
             continue
         k = min(SUBSPACE_RANK, len(first.spectrum.values), len(second.spectrum.values))
@@ -123,22 +124,17 @@ def _leading_base(layer: LayerUpdate) -> Triplets:
 
 
 def _leading(layer: LayerUpdate, side: str, k: int) -> Triplets:
-    from projaudit.linalg import randomized_svd
+    from projaudit.linalg import block_krylov
 
     weight = layer.before if side == "before" else layer.after
     least = min(weight.shape)
-    k = min(k, least)
-    return randomized_svd(
-        weight,
-        k,
-        oversample=min(_OVERSAMPLE, least - k),
-        power_iters=_POWER_ITERS,
-        generator=layer.generator,
-    )
+    depth = max(min(_DEPTH, least // _BLOCK), 1)
+    block = min(_BLOCK, least)
+    return block_krylov(weight, min(k, least), block=block, depth=depth, generator=layer.generator)
 
 
 def _random_overlap(n: int, k: int) -> Null:
-    """Mean k/n and exact variance 2(n−k)² / (n²(n−1)(n+2)) of the overlap of Haar k-subspaces of Rⁿ.
+    """Mean k/n, variance 2(n−k)² / (n²(n−1)(n+2)) of the overlap of random k-subspaces of Rⁿ.
 
     A random update of equal norm, or of equal spectrum, has Haar-distributed singular vectors.
     Second moments of ‖UᵀV‖²F / k; at k = 1 those of Beta(1/2, (n−1)/2).

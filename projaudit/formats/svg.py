@@ -17,7 +17,7 @@ from html import escape
 from typing import Any
 
 from projaudit.findings import Series
-from projaudit.formats.wording import number, percent
+from projaudit.formats.wording import fit, number, percent
 from projaudit.inert import clean
 
 AXES = {
@@ -133,7 +133,9 @@ def bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series
     names = []
     for row, (label, place, value, name) in enumerate(rows):
         axes.barh(row, value, height=0.62, color=_colour(_style(label).role))
-        names.append(f"{number(place)} · {clean(name, _NAME_LENGTH)}" if name else number(place))
+        names.append(
+            f"{number(place)} · {fit(clean(name), _NAME_LENGTH)}" if name else number(place)
+        )
         for (at, null), level in nulls.items():
             if at == place:
                 tone = _colour(_style(null).role)
@@ -173,13 +175,14 @@ def _axes(left: float, height: float = _SIZE[1]) -> tuple[Any, Any]:
 
 
 def _pen(style: _Style, points: int) -> dict[str, Any]:
+    every = max(points // 12, 1)
     return {
         "color": _colour(style.role),
         "linewidth": style.width,
         "linestyle": (0, style.dashes) if style.dashes else "-",
         "marker": style.marker or None,
         "markersize": style.size,
-        "markevery": max(points // 12, 1),
+        "markevery": (every // 2 if style.dashes else 0, every),  # lines may coincide
     }
 
 
@@ -227,7 +230,7 @@ def _plain(axis: Any) -> None:
 
 @contextmanager
 def quiet_matplotlib() -> Iterator[None]:
-    """Nothing; inside it is a matplotlib that depends on nobody's matplotlibrc and says nothing about its font cache."""
+    """Nothing; inside, matplotlib heeds nobody's matplotlibrc and is silent on its font cache."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from projaudit.findings import Finding, Measurement, Severity
 from projaudit.formats.wording import (
     OUTCOMES,
     base_origin,
+    fit,
     number,
     outcome_word,
     percent,
@@ -25,6 +25,7 @@ from projaudit.formats.wording import (
     size,
     values,
     verdict_word,
+    width,
     worst_first,
 )
 from projaudit.inert import clean
@@ -254,7 +255,7 @@ def _cost(report: Report) -> _Line:
 
 def _shown(line: _Line, color: bool) -> str:
     head = f"{line.head:<{_HEAD}}"
-    body = _fit(clean(line.body, 1000), COLUMNS - _HEAD)
+    body = fit(clean(line.body, 1000), COLUMNS - _HEAD)
     if color and line.head:
         if line.colour:
             head = click.style(head, fg=line.colour, bold=True)
@@ -270,25 +271,6 @@ def _name(untrusted: str, limit: int = 60) -> str:
     return "'" + clean(untrusted, limit).replace("'", "\\'") + "'"
 
 
-def _width(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
-
-
-def _fit(text: str, columns: int) -> str:
-    """The text cut to that many terminal columns, with an ellipsis."""
-    if sum(map(_width, text)) <= columns:
-        return text
-    taken, used = [], 1
-    for character in text:
-        used += _width(character)
-        if used > columns:
-            break
-        taken.append(character)
-    return "".join(taken) + "…"
-
-
 def _pad(text: str, columns: int) -> str:
-    shown = _fit(text, columns)
-    return shown + " " * (columns - sum(map(_width, shown)))
+    shown = fit(text, columns)
+    return shown + " " * (columns - sum(map(width, shown)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -90,6 +91,26 @@ def size(count: int) -> str:
             break
         scaled /= 1000
     return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.3g} {unit}"
+
+
+def width(character: str) -> int:
+    """Columns that the character takes in a terminal."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def fit(text: str, columns: int) -> str:
+    """The text cut to that many columns, with an ellipsis."""
+    if sum(map(width, text)) <= columns:
+        return text
+    taken, used = [], 1
+    for character in text:
+        used += width(character)
+        if used > columns:
+            break
+        taken.append(character)
+    return "".join(taken) + "…"
 
 
 def plural(count: int, noun: str) -> str:

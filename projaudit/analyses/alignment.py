@@ -1,0 +1,394 @@
+"""What the shift points at: cosines with given directions and with the vocabulary's tokens.
+
+Honest fine-tunes point at tokens as well (they teach answers), so alignment describes and does not
+accuse. What it is worth shows beside its nulls only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from projaudit.analyses.probes import NORMS, Responses, null_of
+from projaudit.findings import Null, Series
+from projaudit.metrics import Skip, Value, measures
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from projaudit.analyses.context import Direction, EmbeddingMatrix, ProjectorContext
+
+DIRECTIONS = 5
+"""Leading directions of the shift and of ΔW each, for given directions (ProjLens: 2 to 5 matter)."""
+
+TOKEN_DIRECTIONS = 2
+"""The same for the vocabulary; every one more costs as much again."""
+
+TOKEN_FLOPS = 6e10
+"""Multiplications and additions over the vocabulary; they decide the number of sign flips."""
+
+FLIPS = (39, 199)
+"""Fewest and most sign flips: the least p-value is 1/40 or better."""
+
+FRAMES = 100
+"""Random frames behind the null of `direction_alignment`."""
+
+_NEAREST = 5
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Directions in output space that the update moves outputs along."""
+
+    names: tuple[str, ...]
+    """`shift n` of the shifts, `written n` of the last ΔW."""
+    rows: Tensor
+    """(a × out) unit rows, fp32. + is where the mean shift goes; of `written` it is arbitrary."""
+
+
+@dataclass(frozen=True)
+class NearestTokens:
+    """The vocabulary seen from the top directions. Cosines are those of centred embeddings."""
+
+    names: tuple[str, ...]
+    """Of the directions."""
+    nearest: tuple[tuple[tuple[float, str], ...], ...]
+    """Per direction (signed cosine, token), greatest |cosine| first."""
+    flips: Tensor
+    """(R × a) greatest |cosine| over the vocabulary under each joint sign flip."""
+    random: dict[str, tuple[tuple[float, ...], ...]]
+    """Null kind -> per draw the greatest |cosine| of each of its directions."""
+
+    @property
+    def value(self) -> float:
+        """Greatest |cosine| over directions and tokens."""
+        return max(abs(cosine) for found in self.nearest for cosine, _ in found)
+
+    @property
+    def p(self) -> float:
+        """(1 + #{flips that reach the value}) / (1 + R)."""
+        reached = int((self.flips.amax(1) >= self.value - 1e-6).sum())
+        return (1 + reached) / (1 + len(self.flips))
+
+
+@measures("projector", unit="|cosine|", reference="ProjLens, arXiv:2604.19083, §1.4")
+def direction_alignment(ctx: ProjectorContext) -> Value:
+    """max |cos(u, t)| over given directions t and directions u of the shift, both signs.
+
+    u: 5 leading directions of the shifts at high input norm (uncentred SVD of unit shifts, isotropic
+    and singular probes) and 5 leading left singular vectors of the last ΔW. Nulls: the same for
+    random updates of the base, and `random_direction`, the u turned by random rotations. An update
+    made of what the base writes anyway beats the last one without meaning anything.
+    """
+    if not ctx.directions:
+        raise Skip("no direction or target text was given")
+    cosines = _target_cosines(ctx)
+    best = sorted(cosines, key=lambda found: -abs(found[0]))[:_SHOWN]
+    detail = tuple(f"{target}: {cosine:+.3f} with {name}" for cosine, name, target in best)
+    targets = _targets(ctx.directions, aim_of(ctx, DIRECTIONS).rows)
+    nulls = [_frames(aim_of(ctx, DIRECTIONS).rows, targets, ctx.update.generator)]
+    for kind, draws in _drawn(ctx).items():
+        largest = [float((_aim(draw, DIRECTIONS).rows @ targets.T).abs().max()) for draw in draws]
+        nulls.append(null_of(kind, largest))
+    return Value(abs(best[0][0]), detail, tuple(null for null in nulls if null is not None))
+
+
+@measures("projector", unit="|cosine|", reference="ProjLens, arXiv:2604.19083, §1.4")
+def nearest_token_alignment(ctx: ProjectorContext) -> Value:
+    """max |cos(u, e − ē)| over the vocabulary's embeddings e (mean ē) and the top directions u.
+
+    u: 2 leading directions of the shifts and 2 of the last ΔW, as in direction_alignment. `detail`
+    has each one's nearest tokens. Nulls: `sign_flip` (see nearest_token_p) and random updates of
+    the base, which know how far the base itself writes towards its vocabulary.
+    """
+    found = ctx.nearest
+    detail = tuple(
+        f"{name}: " + ", ".join(f"{token} {cosine:+.3f}" for cosine, token in tokens)
+        for name, tokens in zip(found.names, found.nearest, strict=True)
+    )
+    nulls = [null_of("sign_flip", found.flips.amax(1).tolist())]
+    nulls += [null_of(k, [max(draw) for draw in draws]) for k, draws in found.random.items()]
+    return Value(found.value, detail, tuple(null for null in nulls if null is not None))
+
+
+@measures("projector", unit="p-value")
+def nearest_token_p(ctx: ProjectorContext) -> Value:
+    """(1 + #{sign flips whose max |cos| reaches the observed one}) / (1 + R)
+
+    Randomisation test over the same vocabulary: each flip turns the sign of output coordinates at
+    random, the same for all directions. It keeps every |coordinate|, so that outlier dimensions of
+    the embeddings count for the null as well, and their common mean is taken off before; it is
+    exact for directions whose law does not change under sign flips (a random ΔW's are). It does not
+    know of principal directions of the embeddings across coordinates: a small p says that the
+    direction has to do with the vocabulary, not that it is an attacker's.
+    """
+    found = ctx.nearest
+    return Value(found.p, (f"{len(found.flips)} sign flips",))
+
+
+def series(ctx: ProjectorContext) -> tuple[Series, ...]:
+    """Chart `alignment`: x = number of the direction, y = signed cosine, names = tokens and targets."""
+    subject, found = ctx.update.subject, []
+    try:
+        nearest = ctx.nearest
+    except Skip:
+        pass
+    else:
+        numbers = [_number(name) for name in nearest.names]
+        points = [
+            (number, cosine, token)
+            for number, tokens in zip(numbers, nearest.nearest, strict=True)
+            for cosine, token in tokens[:2]
+        ]
+        found.append(_bars(subject, "update", points))
+        found.append(_level(subject, "null: sign flips", numbers, nearest.flips.tolist()))
+        for kind, draws in nearest.random.items():
+            same = [draw for draw in draws if len(draw) == len(numbers)]
+            if same:
+                found.append(_level(subject, f"null: {kind.replace('_', ' ')}", numbers, same))
+    if ctx.directions:
+        try:
+            cosines = sorted(_target_cosines(ctx), key=lambda item: -abs(item[0]))[:_SHOWN]
+        except Skip:
+            return tuple(found)
+        found.append(_bars(subject, "target", [(_number(n), c, t) for c, n, t in cosines]))
+    return tuple(found)
+
+
+def _bars(subject: str, label: str, points: Sequence[tuple[float, float, str]]) -> Series:
+    x, y, names = zip(*points, strict=True)
+    return Series("alignment", subject, label, x, y, names)
+
+
+def _level(
+    subject: str, label: str, numbers: Sequence[float], draws: Sequence[Sequence[float]]
+) -> Series:
+    means = tuple(sum(column) / len(draws) for column in zip(*draws, strict=True))
+    return Series("alignment", subject, label, tuple(numbers), means)
+
+
+def _number(name: str) -> float:
+    """1–5 for `shift n`, 6–10 for `written n`."""
+    kind, n = name.split()
+    return float(n) + (DIRECTIONS if kind == "written" else 0)
+
+
+# --- directions of the shift ----------------------------------------------------------------------
+
+
+def aim_of(ctx: ProjectorContext, count: int) -> Aim:
+    """The update's leading directions, `count` of each sort; without probes those of ΔW alone."""
+    from projaudit.analyses.probes import written_directions
+
+    if ctx.update.nonfinite:
+        raise Skip("the target's projector has NaN or Inf entries")
+    if ctx.update.layers[-1].rotated:
+        raise Skip("the output space was rotated, so directions are in other coordinates")
+    try:
+        responses = ctx.probes.update
+    except Skip:
+        responses = Responses({}, written_directions(ctx.update))
+    aim = _aim(responses, count)
+    if not aim.names:
+        raise Skip("the update has no direction: it does not move the output")
+    return aim
+
+
+def _drawn(ctx: ProjectorContext) -> dict[str, tuple[Responses, ...]]:
+    try:
+        return dict(ctx.probes.nulls)
+    except Skip:
+        return {}
+
+
+def _aim(responses: Responses, count: int) -> Aim:
+    import torch
+
+    shifts = _shift_directions(responses, count)
+    written = responses.written[:, :count].T
+    names = [f"shift {n + 1}" for n in range(len(shifts))]
+    names += [f"written {n + 1}" for n in range(len(written))]
+    return Aim(tuple(names), torch.cat([shifts.to(written), written]))
+
+
+def _shift_directions(responses: Responses, count: int) -> Tensor:
+    """(≤ count × out) right singular vectors of the unit shifts at the highest norm, fp64.
+
+    Signs: + is where the mean of the unit shifts goes.
+    """
+    import torch
+
+    rows = [responses.written.new_zeros(0, len(responses.written), dtype=torch.float64)]
+    for group in ("isotropic", "singular"):
+        if group in responses.groups:
+            response = responses.groups[group]
+            at = response.at(NORMS[-1])
+            size = response.size[at]
+            moved = (size > 0) & torch.isfinite(size)
+            rows.append(response.shift[at][moved].double() / size[moved][:, None])
+    shifts = torch.cat(rows)
+    if not len(shifts):
+        return shifts
+    values, vectors = torch.linalg.eigh(shifts @ shifts.T)
+    kept = values.flip(0)[:count] > 1e-8 * values[-1]
+    vectors = vectors.flip(1)[:, :count][:, kept]
+    vectors = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
+    return vectors.T @ shifts / values.flip(0)[:count][kept].sqrt()[:, None]
+
+
+# --- given directions -----------------------------------------------------------------------------
+
+
+def _target_cosines(ctx: ProjectorContext) -> list[tuple[float, str, str]]:
+    """(signed cosine, direction of the shift, target) of each target's closest direction."""
+    aim = aim_of(ctx, DIRECTIONS)
+    cosines = _targets(ctx.directions, aim.rows) @ aim.rows.T
+    places = cosines.abs().argmax(1).tolist()
+    return [
+        (float(cosines[row, place]), aim.names[place], target.name)
+        for row, (place, target) in enumerate(zip(places, ctx.directions, strict=True))
+    ]
+
+
+def _targets(directions: Sequence[Direction], like: Tensor) -> Tensor:
+    """(b × out) unit rows."""
+    import torch
+
+    for direction in directions:
+        if direction.vector.numel() != like.shape[1]:
+            raise Skip(
+                f"{direction.name} has {direction.vector.numel()} entries, "
+                f"the projector writes {like.shape[1]}"
+            )
+    rows = torch.stack([d.vector.reshape(-1).double().cpu() for d in directions])
+    rows = rows / rows.abs().amax(1, keepdim=True)
+    rows = rows / rows.square().sum(1, keepdim=True).sqrt()
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
+        raise Skip(f"{directions[bad].name} is zero or not finite")
+    return rows.to(like)
+
+
+def _frames(rows: Tensor, targets: Tensor, generator: Generator) -> Null | None:
+    """Null `random_direction`: max |cos| after the rows were rotated at random, all together.
+
+    rows = L E with E a frame of orthonormal rows; each draw replaces E by a Haar frame, G with
+    GGᵀ whitened, so that the angles between the rows stay as they are. One pair alone has
+    cos² ~ Beta(1/2, (d − 1)/2).
+    """
+    import torch
+
+    a, d = rows.shape
+    values, vectors = torch.linalg.eigh(rows.double().cpu() @ rows.double().cpu().T)
+    kept = values > 1e-8 * values[-1]
+    mixing = vectors[:, kept] * values[kept].sqrt()  # L (a × r)
+    largest = []
+    for _ in range(FRAMES):
+        drawn = torch.randn(int(kept.sum()), d, generator=generator)
+        inner = (drawn @ targets.cpu().T).double()
+        factor = torch.linalg.cholesky((drawn @ drawn.T).double())
+        largest.append(
+            float((mixing @ torch.linalg.solve_triangular(factor, inner, upper=False)).abs().max())
+        )
+    return null_of("random_direction", largest)
+
+
+# --- the vocabulary -------------------------------------------------------------------------------
+
+
+def nearest_tokens(ctx: ProjectorContext) -> NearestTokens:
+    """The nearest tokens of the update's top directions, and what sign flips and random updates give.
+
+    Raises Skip without an embedding matrix.
+    """
+    if ctx.tokens is None:
+        raise Skip("the embedding matrix is not at hand")
+    aim = aim_of(ctx, TOKEN_DIRECTIONS)
+    if ctx.tokens.shape[1] != aim.rows.shape[1]:
+        raise Skip(
+            f"embeddings are {ctx.tokens.shape[1]} wide, the projector writes {aim.rows.shape[1]}"
+        )
+    draws = {
+        kind: [_aim(draw, TOKEN_DIRECTIONS).rows for draw in found]
+        for kind, found in _drawn(ctx).items()
+    }
+    return scan(aim, ctx.tokens, draws, generator=ctx.update.generator)
+
+
+def scan(
+    aim: Aim,
+    tokens: EmbeddingMatrix,
+    draws: dict[str, list[Tensor]],
+    *,
+    generator: Generator,
+) -> NearestTokens:
+    """All cosines of `aim`, of its sign flips and of `draws` with the vocabulary, in two passes.
+
+    The first pass takes the mean of the rows, the second the cosines, a block of rows at a time.
+    Rows that are zero or not finite (padding, unused ids) are left out.
+    """
+    import torch
+
+    vocabulary, width = tokens.shape
+    a = len(aim.rows)
+    random = [rows for found in draws.values() for rows in found]
+    fewest, most = FLIPS
+    affordable = TOKEN_FLOPS / (2 * vocabulary * width * a) - 1 - len(random)
+    flips = int(min(max(affordable, fewest), most))
+    signs = torch.randint(0, 2, (flips, 1, width), generator=generator).to(aim.rows) * 2 - 1
+    columns = torch.cat([aim.rows, *random, (signs * aim.rows).flatten(0, 1)]).T
+    mean = _mean(tokens, columns)
+    largest = columns.new_zeros(columns.shape[1])
+    best, ids = columns.new_zeros(0, a), torch.zeros(0, a, dtype=torch.int64)
+    for first, block in tokens.blocks():
+        rows = block.to(columns)
+        used = _used(rows)
+        rows = torch.where(used, rows - mean, 0)
+        length = rows.double().square().sum(1, keepdim=True).sqrt().to(rows)
+        cosines = (rows @ columns) / length.clamp_min(torch.finfo(rows.dtype).tiny)
+        largest = torch.maximum(largest, cosines.abs().amax(0))
+        own = cosines[:, :a]
+        place = own.abs().topk(min(_NEAREST, len(own)), dim=0).indices
+        best = torch.cat([best, own.gather(0, place)])
+        ids = torch.cat([ids, place.cpu() + first])
+        place = best.abs().topk(min(_NEAREST, len(best)), dim=0).indices
+        best, ids = best.gather(0, place), ids.gather(0, place.cpu())
+    if not len(best):
+        raise Skip("the embedding matrix has no rows")
+    parts = largest.cpu().double().split([a, *(len(rows) for rows in random), flips * a])
+    found = iter(parts[1:-1])
+    return NearestTokens(
+        names=aim.names,
+        nearest=tuple(
+            tuple(
+                (float(best[n, column]), tokens.name(int(ids[n, column]))) for n in range(len(best))
+            )
+            for column in range(a)
+        ),
+        flips=parts[-1].reshape(flips, a),
+        random={
+            kind: tuple(tuple(next(found).tolist()) for _ in rows) for kind, rows in draws.items()
+        },
+    )
+
+
+def _used(rows: Tensor) -> Tensor:
+    """(b × 1) True for rows that are finite and not zero."""
+    size = rows.abs().amax(1, keepdim=True)
+    return (size > 0) & (size < math.inf)
+
+
+def _mean(tokens: EmbeddingMatrix, like: Tensor) -> Tensor:
+    """Mean of the used rows (width,)."""
+    import torch
+
+    total, count = torch.zeros(tokens.shape[1], dtype=torch.float64, device=like.device), 0
+    for _, block in tokens.blocks():
+        rows = block.to(like)
+        used = _used(rows)
+        total += torch.where(used, rows, 0).sum(0).double()
+        count += int(used.sum())
+    return (total / max(count, 1)).to(like)

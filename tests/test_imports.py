@@ -1,0 +1,85 @@
+"""Imports go one way, and the heavy ones stay out of what must be quick or torch-free."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import projaudit
+
+PACKAGE = Path(projaudit.__file__).parent
+# Lowest first: a module imports only modules of earlier rows, or of its own.
+LAYERS = [
+    ["data", "inert", "errors", "findings"],
+    ["metrics", "strict", "report"],
+    ["source", "safetensors_header", "linalg", "rules"],
+    ["hub", "checkpoint", "projector"],
+    ["align", "base", "coverage"],
+    ["update", "formats"],
+    ["analyses", "targets"],
+    ["audit"],
+    ["demo"],
+    ["cli", "__main__", "__init__"],
+]
+RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []  # types may point anywhere
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("projaudit"):
+            path = (node.module or "").split(".")
+            found |= {path[1]} if len(path) > 1 else {a.name for a in node.names}
+    return found & RANK.keys()
+
+
+def test_imports_go_one_way():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in imported(ast.parse(file.read_text())) - {own}:
+            assert RANK[other] <= RANK[own], f"{file.name} imports {other}"
+            if other != "analyses":
+                assert RANK[other] < RANK[own] or own in LAYERS[RANK[own]], f"{own} ↔ {other}"
+
+
+def loaded(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_below_the_waist_nothing_imports_torch():
+    modules = "rules report findings formats metrics analyses errors base coverage checkpoint"
+    code = "\n".join(f"import projaudit.{name}" for name in modules.split())
+    heavy = {"torch", "transformers", "ray", "matplotlib"}
+    assert not loaded(code) & heavy
+    assert "torch" in loaded("import projaudit.linalg")  # the control: the test can see it
+
+
+def test_help_is_quick_and_torch_free():
+    code = "from projaudit.cli import main\ntry: main(['check', '--help'])\nexcept SystemExit: pass"
+    assert not loaded(code) & {"torch", "transformers", "huggingface_hub", "numpy", "matplotlib"}
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "projaudit", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+def test_the_public_names_are_these():
+    assert projaudit.__all__ == sorted(projaudit.__all__, key=lambda n: (n.islower() or n[0] == "_", n))
+    assert set(projaudit.__all__) == {
+        "Finding", "ProjauditError", "Report", "Verdict", "__version__", "check", "locate",
+    }  # fmt: skip
+    for name in projaudit.__all__:
+        assert getattr(projaudit, name) is not None
