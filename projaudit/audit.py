@@ -227,8 +227,10 @@ def _audit(
     exit_zero: bool,
     started: datetime,
 ) -> Report:
-    from projaudit.targets import load_directions
+    with session.stage("import torch"):
+        from projaudit.targets import load_directions
 
+        device = _device(settings.device)
     directions = load_directions(direction_files)
     with session.stage("open target"):
         source = session.source(target_ref)
@@ -241,8 +243,6 @@ def _audit(
             _opened(session, candidate)
             for candidate in candidates(source, target.config, option=base_ref, pins=ruleset.pins)
         ]
-    with session.stage("import"):
-        device = _device(settings.device)
     gathered = _Gathered()
     for number, base in enumerate(bases, 1):
         for reading, projectors in found:

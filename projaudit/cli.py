@@ -29,8 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        status = cli.main(args=arguments, prog_name="projaudit", standalone_mode=False)
-        sys.stdout.flush()
+        # Not cli.main: it turns a closed standard output into a silent exit of its own.
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        with cli.make_context("projaudit", words) as context:
+            cli.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        status = 0
     except ProjauditError as error:
         status = _complain(str(error), error.code, error.exit_code)
     except click.UsageError as error:

@@ -160,6 +160,8 @@ def guarded_client(endpoint: str | None = None, *, limits: Limits | None = None)
 
 def _guard(client: Any, limits: Limits) -> Any:
     def before(request: Any) -> None:
+        if not _guarded:  # a factory may hand out one client for ever
+            return
         _check_target(request)
         given = request.extensions.get("timeout") or {}
         finite = {"connect": limits.connect, "read": limits.read}
@@ -168,6 +170,8 @@ def _guard(client: Any, limits: Limits) -> Any:
         request.extensions = {**request.extensions, "timeout": {**finite, **kept}}
 
     def after(response: Any) -> None:
+        if not _guarded:
+            return
         # The client logs this header to the terminal as it came.
         response.headers.pop("x-hf-warning", None)
         if response.has_redirect_location and response.request.url.scheme == "https":
@@ -602,10 +606,13 @@ class _Cache:
     """`$XDG_CACHE_HOME/projaudit`: ranges and whole files by content id, listings by commit.
 
     Whatever cannot be read, or fails its checksum, is as if it were not there; whatever cannot be
-    written is not kept.
+    written is not kept. A range is only as good as the server that sent it under this content id,
+    so ranges of a mirror stand apart from the Hub's own; whole files prove their id themselves.
     """
 
     root: Path
+    ranges: str = "ranges"
+    """Folder of the ranges of one endpoint."""
 
     def find(self, oid: str, start: int, stop: int) -> Span | None:
         """The smallest kept range of a file that covers start to stop."""
@@ -664,7 +671,7 @@ class _Cache:
         return self.root / "repos" / f"{name}.json"
 
     def _folder(self, oid: str) -> Path:
-        return self.root / "ranges" / oid[:2] / oid
+        return self.root / self.ranges / oid[:2] / oid
 
     def _write(self, path: Path, *parts: bytes | bytearray) -> None:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -675,8 +682,10 @@ class _Cache:
                     file.write(part)
             partial.replace(path)
         except OSError:
+            pass
+        finally:
             with suppress(OSError):
-                partial.unlink()
+                partial.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:
@@ -686,8 +695,16 @@ def cache_root() -> Path:
         return Path(named) / "projaudit"
     try:
         return Path.home() / ".cache" / "projaudit"
-    except RuntimeError:  # an account without a home
-        return Path(tempfile.gettempdir()) / f"projaudit-{os.getuid()}"
+    except RuntimeError:
+        # An account without a home: a place where nothing can be written, since a folder of a
+        # known name in a shared one could have been filled by somebody else.
+        return Path(os.devnull) / "projaudit"
+
+
+def _open_cache(endpoint: str) -> _Cache:
+    if endpoint == "https://huggingface.co":
+        return _Cache(cache_root())
+    return _Cache(cache_root(), f"ranges@{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}")
 
 
 # --------------------------------------------------------------------------- the plan of ranges
@@ -801,7 +818,7 @@ def open_hub(
     if ref.revision is not None:
         check_revision(ref.revision, file=ref.repo)
     link = _Link(where, limits or Limits(), offline, notify)
-    cache = _Cache(cache_root())
+    cache = _open_cache(where)
     if offline:
         repo = _recall(ref.repo, ref.revision, where, cache)
     else:

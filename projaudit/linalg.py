@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 EXACT_LIMIT = 512
-"""Smaller side up to which the exact path is not slower (measured: benchmarks/speed.py spectrum)."""
+"""Smaller side up to which the exact path is cheaper: `benchmarks/speed.py spectrum` measures it."""
 
 BLOCK = 16
 """Rows per Krylov block: one memory-bound pass over A costs about the same for 1 to 16 vectors."""
@@ -129,7 +129,7 @@ def marchenko_pastur_density(x: Tensor, sigma: float, m: int, n: int) -> Tensor:
 
 
 def tracy_widom_threshold(sigma: float, m: int, n: int, quantile: float = TRACY_WIDOM_999) -> float:
-    """√(μ + q τ) σ: what the largest singular value of m × n noise exceeds with a stated probability.
+    """√(μ + q τ) σ: what the largest singular value of m × n noise stays under, mostly.
 
     μ and τ as in Johnstone 2001 with the −½ centring of Ma 2012, which is right to O(n^{−2/3}).
     """
@@ -145,7 +145,7 @@ def _noise(values: Tensor, missed: float, m: int, n: int) -> tuple[float, float,
     uncovers smaller ones. Below RESOLUTION·σ₁ there is only rounding.
     """
     squares = values.square()
-    tail = (squares.flip(0).cumsum(0).flip(0) + missed).tolist() + [missed]
+    tail = [*(squares.flip(0).cumsum(0).flip(0) + missed).tolist(), missed]
     floor = RESOLUTION * float(values[0])
     found = 0
     while True:
@@ -162,7 +162,7 @@ def _noise(values: Tensor, missed: float, m: int, n: int) -> tuple[float, float,
 
 
 def fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(left·s, right·s) with signs s such that the largest |entry| of each left column is positive."""
+    """(left·s, right·s) with signs s: the largest |entry| of each left column is positive."""
     if not left.numel():
         return left, right
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
@@ -224,7 +224,8 @@ def principal_angles(u: Tensor, v: Tensor) -> Tensor:
 
     u (n, k), v (n, l): orthonormal columns.
     """
-    return torch.linalg.svdvals(u.double().T @ v.double()).clamp(0, 1)
+    cosines: Tensor = torch.linalg.svdvals(u.double().T @ v.double())
+    return cosines.clamp(0, 1)
 
 
 def overlap(u: Tensor, v: Tensor) -> float:
@@ -261,10 +262,12 @@ class _Basis:
 
     @classmethod
     def empty(cls, a: Tensor) -> _Basis:
-        return cls(a.new_empty(0, a.shape[1]), a.new_empty(a.shape[0], 0), a.new_empty(0, a.shape[1]))
+        return cls(
+            a.new_empty(0, a.shape[1]), a.new_empty(a.shape[0], 0), a.new_empty(0, a.shape[1])
+        )
 
     def add(self, a: Tensor, block: Tensor) -> bool:
-        """Append the directions that `block` (b, n) adds; two passes over A. False if there are none."""
+        """Append the directions that `block` (b, n) adds, in two passes over A. False: there are none."""
         room = min(a.shape) - len(self.rows)
         block = _orthonormal_rows(block, self.rows if len(self.rows) else None)[-room:]
         self.last = len(block) if room else 0
@@ -295,7 +298,8 @@ class _Basis:
         sigma = values.clamp_min(torch.finfo(torch.float64).tiny)
         gap = (w.T @ self.returned.double()) / sigma[:, None]
         gap -= sigma[:, None] * (w.T @ self.rows.double())
-        return torch.linalg.vector_norm(gap, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(gap, dim=1)
+        return norms
 
     def rotated(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(V′, A V′, AᵀA V′) in float64 for V′ = Vᵀw, w (d, k)."""
@@ -310,8 +314,12 @@ class _Basis:
         missed = energy - float(self.images.double().square().sum())
         if missed > 1e-3 * energy:
             return missed
-        pieces = zip(a.split(1024), self.images.split(1024), strict=True)
-        return sum(float((piece - y @ self.rows).double().square().sum()) for piece, y in pieces)
+        total = 0.0
+        for start in range(0, len(a), 1024):
+            piece = slice(start, start + 1024)
+            rest = a[piece] - self.images[piece] @ self.rows
+            total += float(rest.double().square().sum())
+        return total
 
 
 def _triplets(
@@ -333,9 +341,7 @@ def _triplets(
     return left.to(a.dtype), values, right.to(a.dtype), residuals
 
 
-def _finished(
-    left: Tensor, right: Tensor, transposed: bool
-) -> tuple[Tensor, Tensor]:
+def _finished(left: Tensor, right: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     return fix_signs(*((right, left) if transposed else (left, right)))
 
 
@@ -373,9 +379,7 @@ def _rescaled(a: Tensor) -> tuple[Tensor, float, int]:
     return a, frobenius(a), exponent
 
 
-def block_krylov(
-    a: Tensor, k: int, *, block: int, depth: int, generator: Generator
-) -> Triplets:
+def block_krylov(a: Tensor, k: int, *, block: int, depth: int, generator: Generator) -> Triplets:
     """The k leading triplets from span{W, (AᵀA)W, …, (AᵀA)^(depth−1)W}, W = AᵀΩ, Ω (m, block).
 
     Musco & Musco 2015, Alg. 2: all power iterates of the randomized SVD of Halko, Martinsson &
@@ -409,16 +413,14 @@ def _keyed(generator: Generator, a: Tensor) -> Generator:
     """
     draw = torch.randint(2**62, (1,), generator=generator)
     digest = hashlib.sha256(draw.numpy().tobytes())
-    digest.update(memoryview(a.detach().cpu().contiguous().numpy()).cast("B"))
+    digest.update(a.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little") >> 1)
 
 
 # --- spectral measures ----------------------------------------------------------------------------
 
 
-def _golub_kahan(
-    a: Tensor, starts: Tensor, steps: int, deflated: Tensor | None = None
-) -> Tensor:
+def _golub_kahan(a: Tensor, starts: Tensor, steps: int, deflated: Tensor | None = None) -> Tensor:
     """Upper bidiagonal B_i (s, steps, steps) float64 with A Q_i = P_i B_i, Q_i e₁ = starts_i/‖·‖.
 
     starts (s, n): s independent Golub–Kahan recurrences in one block product per pass, the right
@@ -437,7 +439,9 @@ def _golub_kahan(
                 row = row - (row @ deflated) @ deflated.T
             if j:
                 known = basis[:, :j]
-                row = row - torch.einsum("sj,sjn->sn", torch.einsum("sjn,sn->sj", known, row), known)
+                row = row - torch.einsum(
+                    "sj,sjn->sn", torch.einsum("sjn,sn->sj", known, row), known
+                )
         beta = torch.linalg.vector_norm(row, dim=1)
         row = row / beta.clamp_min(tiny)[:, None]
         basis[:, j] = row
@@ -455,9 +459,9 @@ def _golub_kahan(
 def lanczos_measure(
     a: Tensor, starts: Tensor, *, steps: int, deflated: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(σ nodes, weights), (s, steps) float64, descending: Gauss rule of Σᵢ ⟨x, vᵢ⟩² δ(σ − σᵢ) per row x.
+    """Gauss rule of Σᵢ ⟨x, vᵢ⟩² δ(σ − σᵢ) per row x: (σ nodes, weights), (s, steps) descending.
 
-    starts (s, n); weights of a row sum to 1. Exact for polynomials in σ² of degree < 2·steps
+    starts (s, n), results float64; weights of a row sum to 1. Exact for polynomials in σ² of degree < 2·steps
     (Golub & Meurant 1994; Ubaru, Chen & Saad 2017). steps ≤ n − r. Nodes never exceed σ₁.
     """
     _, nodes, rotation = torch.linalg.svd(_golub_kahan(a, starts, steps, deflated))
@@ -510,7 +514,7 @@ def resemblance(
 
 
 def _christoffel(t: Tensor, xi: Tensor) -> Tensor:
-    """1/Σⱼ pⱼ(ξ)² for the orthonormal polynomials of the Jacobi matrices t (k, m, m) at xi (k, g)."""
+    """1/Σⱼ pⱼ(ξ)², pⱼ the orthonormal polynomials of the Jacobi matrices t (k, m, m), xi (k, g)."""
     diagonal, off = t.diagonal(dim1=1, dim2=2), t.diagonal(1, 1, 2)
     before, now, total = torch.zeros_like(xi), torch.ones_like(xi), torch.ones_like(xi)
     for j in range(t.shape[1] - 1):
@@ -519,7 +523,9 @@ def _christoffel(t: Tensor, xi: Tensor) -> Tensor:
             step = step - off[:, j - 1, None] * before
         before, now = now, step / off[:, j, None].clamp_min(1e-300)
         total = total + now.square()
-    return torch.nan_to_num(1 / total, nan=0.0)  # NaN only after overflow, where the sum is infinite
+    return torch.nan_to_num(
+        1 / total, nan=0.0
+    )  # NaN only after overflow, where the sum is infinite
 
 
 def _entropy_rank(nodes: Tensor, weights: Tensor) -> float:
@@ -562,7 +568,7 @@ def _with_bulk(found: Tensor, nodes: Tensor, weights: Tensor, n: int) -> tuple[T
 
 
 def _rank_of(found: Tensor, bulk: _Bulk, n: int) -> tuple[float, float]:
-    """(effective rank, its error): jackknife over the probes, and half the change since half depth."""
+    """(effective rank, error): jackknife over the probes plus half the change since half depth."""
     rank = _entropy_rank(*_with_bulk(found, bulk.nodes, bulk.weights, n))
     coarse = _entropy_rank(*_with_bulk(found, *bulk.coarse, n))
     others = ~torch.eye(PROBES, dtype=torch.bool)
@@ -656,7 +662,7 @@ def _dense(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
 
 
 def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
-    """Values above the edge by block Krylov, the others by quadrature, which also checks the first."""
+    """Values above the edge by block Krylov, the rest by quadrature, which also checks the first."""
     n = a.shape[1]
     capacity = min(max(CAPACITY, k + BLOCK), n)
     basis = _Basis.empty(a)

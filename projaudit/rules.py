@@ -449,13 +449,18 @@ def _subjects(
 
 
 def _seen(subject: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    above = ["checkpoint", subject.partition("/")[0], subject]
-    return {name: v for s in above for name, v in values.get(s, {}).items() if math.isfinite(v)}
+    found = ((n, v) for s in _above(subject) for n, v in values.get(s, {}).items())
+    return {name: value for name, value in found if math.isfinite(value)}
+
+
+def _above(subject: str) -> tuple[str, ...]:
+    """The subjects whose values a subject sees: the checkpoint's, its projector's, its own."""
+    return tuple(dict.fromkeys(("checkpoint", subject.partition("/")[0], subject)))
 
 
 def _reason(missing: Sequence[str], subject: str, reasons: Mapping[tuple[str, str], str]) -> str:
     for metric in missing:
-        for where in (subject, subject.partition("/")[0], "checkpoint"):
+        for where in reversed(_above(subject)):
             if (metric, where) in reasons:
                 return f"{metric}: {reasons[metric, where]}"
     return f"{', '.join(missing)} not measured"
@@ -474,7 +479,7 @@ def _finding(
     names = tuple(
         name
         for metric in read
-        for where in ("checkpoint", subject.partition("/")[0], subject)
+        for where in _above(subject)
         for name in details.get((metric, where), ())
     )
     shown = dict.fromkeys(read, math.nan) | {m: seen[m] for m in read if m in seen}

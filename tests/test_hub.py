@@ -900,6 +900,10 @@ def test_guard_is_put_back(hub: FakeHub, model: str) -> None:
             constants.HF_HUB_OFFLINE = False
         assert internals._GLOBAL_CLIENT_FACTORY is factory
         assert get_session().max_redirects != under_test.MAX_REDIRECTS
+        # What a factory hands out for ever is not guarded for ever.
+        request = client.build_request("GET", "http://x", headers={"authorization": "Bearer x"})
+        client.event_hooks["request"][-1](request)
+        assert "authorization" in request.headers
         with pytest.raises(RuntimeError), guarded_client(hub.url):
             raise RuntimeError
         assert internals._GLOBAL_CLIENT_FACTORY is factory
@@ -976,7 +980,9 @@ def test_damaged_shard_in_the_standard_cache(hub: FakeHub, model: str) -> None:
 
 
 def ranges_kept(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "xdg/projaudit/ranges").rglob("*-*") if path.is_file()]
+    return [
+        path for path in (tmp_path / "xdg/projaudit").glob("ranges@*/*/*/*-*") if path.is_file()
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "longer", "folder"])
@@ -1046,6 +1052,42 @@ def test_disk_that_fills_up(
     source = opened(hub, verify="full")
     assert code_of(lambda: source.read(SHARD, 0, 10)) == "limit.disk"
     assert not [path for path in (tmp_path / "xdg").rglob("*") if path.is_file()]
+
+
+def test_mirror_cannot_fill_the_cache_of_another(
+    hub: FakeHub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub(tmp_path / "mirror") as mirror:
+        mirror.add("org/model", {SHARD: DATA})
+        mirror.faults.append(on("cdn", garble=True))
+        lied = opened(mirror)
+        assert lied.read(SHARD, 0, 100) != DATA[:100]
+        source = opened(hub)
+        assert source.files[SHARD].sha256 == lied.files[SHARD].sha256
+        assert source.read(SHARD, 0, 100) == DATA[:100]
+        # A whole file proves itself, whoever sent it.
+        mirror.faults.clear()
+        opened(mirror, verify="full").read(SHARD, 0, 100)
+    hub.log.clear()
+    assert opened(hub).read(SHARD, 5_000, 6_000) == DATA[5_000:6_000]
+    assert hub.wire("cdn") == 0
+    own = under_test._open_cache("https://huggingface.co")
+    assert own.ranges == "ranges"
+    assert own.root == tmp_path / "xdg/projaudit"
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert under_test.cache_root() == tmp_path / ".cache/projaudit"
+
+    def homeless() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", homeless)
+    cache = under_test._Cache(under_test.cache_root())
+    cache.keep("a" * 64, (0, 1), b"x")
+    assert cache.find("a" * 64, 0, 1) is None
 
 
 # ------------------------------------------------------------------ offline

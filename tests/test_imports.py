@@ -71,13 +71,17 @@ def test_help_is_quick_and_torch_free():
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "projaudit", "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "projaudit", "--help"], capture_output=True, check=True
+        )
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.3
 
 
 def test_the_public_names_are_these():
-    assert projaudit.__all__ == sorted(projaudit.__all__, key=lambda n: (n.islower() or n[0] == "_", n))
+    assert projaudit.__all__ == sorted(
+        projaudit.__all__, key=lambda n: (n.islower() or n[0] == "_", n)
+    )
     assert set(projaudit.__all__) == {
         "Finding", "ProjauditError", "Report", "Verdict", "__version__", "check", "locate",
     }  # fmt: skip

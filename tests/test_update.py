@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.projector import forward, locate
 from projaudit.update import ProjectorUpdate, pair, rounding
-from tests.models import CONFIG, P, Tensors, llava, tuned
+from models import CONFIG, P, Tensors, llava, tuned
 
 W1, W2 = f"{P}linear_1.weight", f"{P}linear_2.weight"
 B1, B2 = f"{P}linear_1.bias", f"{P}linear_2.bias"
@@ -60,9 +60,12 @@ def test_an_update_is_the_difference():
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    list(itertools.product(
-        [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn], repeat=2
-    )),
+    list(
+        itertools.product(
+            [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn],
+            repeat=2,
+        )
+    ),
 )
 def test_storing_in_another_dtype_is_no_change(old: torch.dtype, new: torch.dtype):
     """Every floating dtype on either side: rounding is not a change, and the floor predicts it."""
@@ -173,7 +176,9 @@ def test_norm_gamma_absorbs_column_scaling():
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
     stored = {n.removeprefix(P): t for n, t in target.items() if n.startswith(P)}
     assert torch.allclose(
-        forward(update.chain, update.weights("after"), x), forward(update.chain, stored, x), atol=1e-5
+        forward(update.chain, update.weights("after"), x),
+        forward(update.chain, stored, x),
+        atol=1e-5,
     )
 
 

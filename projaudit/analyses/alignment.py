@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from projaudit.analyses.probes import NORMS, Responses, null_of
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from projaudit.analyses.context import Direction, EmbeddingMatrix, ProjectorContext
 
 DIRECTIONS = 5
-"""Leading directions of the shift and of ΔW each, for given directions (ProjLens: 2 to 5 matter)."""
+"""Leading directions of the shift and of ΔW each, against given ones (ProjLens: 2 to 5 matter)."""
 
 TOKEN_DIRECTIONS = 2
 """The same for the vocabulary; every one more costs as much again."""
 
-TOKEN_FLOPS = 6e10
+TOKEN_FLOPS = 1e11
 """Multiplications and additions over the vocabulary; they decide the number of sign flips."""
 
 FLIPS = (39, 199)
@@ -78,10 +79,10 @@ class NearestTokens:
 def direction_alignment(ctx: ProjectorContext) -> Value:
     """max |cos(u, t)| over given directions t and directions u of the shift, both signs.
 
-    u: 5 leading directions of the shifts at high input norm (uncentred SVD of unit shifts, isotropic
-    and singular probes) and 5 leading left singular vectors of the last ΔW. Nulls: the same for
-    random updates of the base, and `random_direction`, the u turned by random rotations. An update
-    made of what the base writes anyway beats the last one without meaning anything.
+    u: 5 leading directions of the shifts at high input norm (uncentred SVD of unit shifts,
+    isotropic and singular probes) and 5 leading left singular vectors of the last ΔW. Nulls: the
+    same for random updates of the base, and `random_direction`, the u turned by random rotations.
+    An update made of what the base writes anyway beats the last one without meaning anything.
     """
     if not ctx.directions:
         raise Skip("no direction or target text was given")
@@ -130,7 +131,7 @@ def nearest_token_p(ctx: ProjectorContext) -> Value:
 
 
 def series(ctx: ProjectorContext) -> tuple[Series, ...]:
-    """Chart `alignment`: x = number of the direction, y = signed cosine, names = tokens and targets."""
+    """Chart `alignment`: x = number of the direction, y = signed cosine, names = what it is with."""
     subject, found = ctx.update.subject, []
     try:
         nearest = ctx.nearest
@@ -236,7 +237,8 @@ def _shift_directions(responses: Responses, count: int) -> Tensor:
     kept = values.flip(0)[:count] > 1e-8 * values[-1]
     vectors = vectors.flip(1)[:, :count][:, kept]
     vectors = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
-    return vectors.T @ shifts / values.flip(0)[:count][kept].sqrt()[:, None]
+    directions: Tensor = vectors.T @ shifts / values.flip(0)[:count][kept].sqrt()[:, None]
+    return directions
 
 
 # --- given directions -----------------------------------------------------------------------------
@@ -281,18 +283,15 @@ def _frames(rows: Tensor, targets: Tensor, generator: Generator) -> Null | None:
     """
     import torch
 
-    a, d = rows.shape
     values, vectors = torch.linalg.eigh(rows.double().cpu() @ rows.double().cpu().T)
     kept = values > 1e-8 * values[-1]
     mixing = vectors[:, kept] * values[kept].sqrt()  # L (a × r)
-    largest = []
+    towards, largest = targets.cpu().T, []
     for _ in range(FRAMES):
-        drawn = torch.randn(int(kept.sum()), d, generator=generator)
-        inner = (drawn @ targets.cpu().T).double()
+        drawn = torch.randn(mixing.shape[1], rows.shape[1], generator=generator)
         factor = torch.linalg.cholesky((drawn @ drawn.T).double())
-        largest.append(
-            float((mixing @ torch.linalg.solve_triangular(factor, inner, upper=False)).abs().max())
-        )
+        inner = torch.linalg.solve_triangular(factor, (drawn @ towards).double(), upper=False)
+        largest.append(float((mixing @ inner).abs().max()))
     return null_of("random_direction", largest)
 
 
@@ -300,7 +299,7 @@ def _frames(rows: Tensor, targets: Tensor, generator: Generator) -> Null | None:
 
 
 def nearest_tokens(ctx: ProjectorContext) -> NearestTokens:
-    """The nearest tokens of the update's top directions, and what sign flips and random updates give.
+    """The nearest tokens of the update's top directions, with sign flips and random updates.
 
     Raises Skip without an embedding matrix.
     """
@@ -358,8 +357,8 @@ def scan(
         best, ids = best.gather(0, place), ids.gather(0, place.cpu())
     if not len(best):
         raise Skip("the embedding matrix has no rows")
-    parts = largest.cpu().double().split([a, *(len(rows) for rows in random), flips * a])
-    found = iter(parts[1:-1])
+    values = largest.cpu().double()
+    starts = iter(accumulate((len(rows) for rows in random), initial=a))
     return NearestTokens(
         names=aim.names,
         nearest=tuple(
@@ -368,9 +367,10 @@ def scan(
             )
             for column in range(a)
         ),
-        flips=parts[-1].reshape(flips, a),
+        flips=values[-flips * a :].reshape(flips, a),
         random={
-            kind: tuple(tuple(next(found).tolist()) for _ in rows) for kind, rows in draws.items()
+            kind: tuple(tuple(values[next(starts) :][: len(rows)].tolist()) for rows in found)
+            for kind, found in draws.items()
         },
     )
 

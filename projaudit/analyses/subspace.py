@@ -70,7 +70,7 @@ def intruder_dimensions(layer: LayerUpdate) -> Value:
     cosines, exact = resemblance(layer.before, tuned.left, side="left")
     relation = "=" if exact else "≤"
     detail = tuple(
-        f"singular vector {n}: |cos| {relation} {cosine:.2f}"
+        f"singular vector {n}: |cos| {relation} {cosine:.3f}"
         for n, cosine in enumerate(cosines.tolist(), 1)
         if cosine < INTRUDER_COSINE
     )

@@ -185,15 +185,11 @@ def _energy_summary(drawn: Sequence[Series]) -> str:
     if update is None:
         return _summary(drawn)
     shares = [
-        f"{percent(y)} in the first{'' if x == 1 else ' ' + number(x)}"
+        f"{percent(y)} in the first {'direction' if x == 1 else number(x)}"
         for x, y in zip(update.x, update.y, strict=True)
         if x in {1, 5, 30}
     ]
-    return (
-        f"Of the energy of the update, {', '.join(shares)} directions."
-        if len(shares) > 1
-        else _summary(drawn)
-    )
+    return f"Share of the update's energy: {', '.join(shares)}." if shares else _summary(drawn)
 
 
 def _response_summary(drawn: Sequence[Series]) -> str:

@@ -33,8 +33,12 @@ _TEXT_LIMIT = 4000
 
 
 def render(report: Report) -> str:
-    """The JSON document, ending in a newline; ASCII, no NaN, no control characters."""
-    return json.dumps(_inert(_document(report)), allow_nan=False, indent=2) + "\n"
+    """The JSON document, ending in a newline; ASCII, no NaN, no control characters, no markup."""
+    text = json.dumps(_inert(_document(report)), allow_nan=False, indent=2)
+    # Escaped, these mean the same, and a page that embeds the document cannot be broken out of.
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text + "\n"
 
 
 def parse(text: str) -> dict[str, Any]:
