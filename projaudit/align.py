@@ -24,7 +24,8 @@ def _rows(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    length: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def hidden_permutation(
@@ -108,4 +109,5 @@ def output_rotation(
     left, _, right = torch.linalg.svd(
         after @ before.T + embed_after.T @ embed_before, full_matrices=False
     )
-    return left @ right
+    rotation: Tensor = left @ right
+    return rotation

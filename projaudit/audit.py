@@ -25,6 +25,8 @@ from projaudit.errors import (
 )
 from projaudit.findings import Measurement, Series, Skipped, Unevaluated
 from projaudit.inert import clean
+from projaudit.judge import judge
+from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate
 from projaudit.report import (
     AuditedProjector,
@@ -38,7 +40,6 @@ from projaudit.report import (
     Run,
     TensorRead,
 )
-from projaudit.rules import RuleSet, judge, load_policy
 from projaudit.source import Ref, Source, open_local, parse_ref
 
 if TYPE_CHECKING:

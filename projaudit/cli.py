@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         status = _complain("interrupted", "interrupted", _INTERRUPTED)
     except MemoryError:
-        error = LimitError("there is not enough memory for this audit", "memory")
-        status = _complain(str(error), error.code, error.exit_code)
+        limit = LimitError("there is not enough memory for this audit", "memory")
+        status = _complain(str(limit), limit.code, limit.exit_code)
     except BrokenPipeError:
         status = _complain("standard output is closed", "usage.output", 4)
     except OSError as error:
@@ -195,7 +195,7 @@ def _policy_formats(policy: str | None) -> tuple[str, ...]:
     if policy is None:
         return ("text",)
     from projaudit.analyses import METRICS
-    from projaudit.rules import load_policy
+    from projaudit.policy import load_policy
 
     wanted = load_policy(policy, METRICS).options.get("format", ["text"])
     names = tuple(wanted) if isinstance(wanted, list) else (wanted,)

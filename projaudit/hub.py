@@ -11,7 +11,6 @@ fall back to stale files, follow `Link` headers with the token, and raise what t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import ipaddress
 import json
@@ -614,18 +613,15 @@ class _Cache:
     ranges: str = "ranges"
     """Folder of the ranges of one endpoint."""
 
-    def find(self, oid: str, start: int, stop: int) -> Span | None:
-        """The smallest kept range of a file that covers start to stop."""
-        found: Span | None = None
+    def spans(self, oid: str) -> list[Span]:
+        """The ranges of a file that are kept, the shortest first."""
+        found: list[Span] = []
         with suppress(OSError), os.scandir(self._folder(oid)) as entries:
             for entry in entries:
                 named = _CACHED_RANGE.fullmatch(entry.name)
-                if named is None:
-                    continue
-                a, b = int(named[1]), int(named[2])
-                if a <= start and stop <= b and (found is None or b - a < found[1] - found[0]):
-                    found = a, b
-        return found
+                if named is not None:
+                    found.append((int(named[1]), int(named[2])))
+        return sorted(found, key=lambda span: span[1] - span[0])
 
     def load(self, oid: str, span: Span) -> bytes | None:
         """The bytes of a kept range; None, and the range forgotten, if its checksum is wrong."""
@@ -1086,10 +1082,8 @@ class HubSource:
             Path(partial).replace(target)
             kept = True
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
             raise LimitError(
-                f"no disk space for its {file.size} bytes",
+                f"no room on disk for its {file.size} bytes ({clean(error.strerror)})",
                 "disk",
                 file=self._about(file.path),
                 remedy="set XDG_CACHE_HOME or TMPDIR to a larger disk, or use --verify range",
@@ -1128,10 +1122,12 @@ class HubSource:
         oid = _content_id(file)
         if oid is None:
             return pieces
+        kept = self._cache.spans(oid)
         wanted: dict[Span, list[Span]] = {}
         missing: list[Span] = []
         for piece in pieces:
-            found = self._cache.find(oid, *piece)
+            covering = (span for span in kept if span[0] <= piece[0] and piece[1] <= span[1])
+            found = next(covering, None)
             if found is None:
                 missing.append(piece)
             else:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 EXACT_LIMIT = 512
-"""Smaller side up to which the exact path is cheaper: `benchmarks/speed.py spectrum` measures it."""
+"""Smaller side up to which the exact path is cheaper (`benchmarks/speed.py spectrum`)."""
 
 BLOCK = 16
 """Rows per Krylov block: one memory-bound pass over A costs about the same for 1 to 16 vectors."""
@@ -189,8 +189,10 @@ def random_orthonormal(
     """
     if k > n:
         raise ValueError(f"no {k} orthonormal vectors in {n} dimensions")
+    q: Tensor
     q, r = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).to(device=device, dtype=dtype)
+    q = q * r.diagonal().sign()
+    return q.to(device=device, dtype=dtype)
 
 
 def _orthonormal_rows(block: Tensor, against: Tensor | None) -> Tensor:
@@ -212,9 +214,9 @@ def _orthonormal_rows(block: Tensor, against: Tensor | None) -> Tensor:
             return block
         wide = block.double()
         scale = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        wide = wide / scale
+        wide = wide / scale.clamp_min(torch.finfo(torch.float64).tiny)
         values, vectors = torch.linalg.eigh(wide @ wide.T)
-        kept = values > (64 * eps) ** 2 * values[-1]
+        kept = values > max((64 * eps) ** 2, 1e-13) * values[-1]
         block = ((vectors[:, kept] / values[kept].sqrt()).T @ wide).to(block.dtype)
     return block
 
@@ -267,7 +269,7 @@ class _Basis:
         )
 
     def add(self, a: Tensor, block: Tensor) -> bool:
-        """Append the directions that `block` (b, n) adds, in two passes over A. False: there are none."""
+        """Append the directions that `block` (b, n) adds; two passes over A. False if none are."""
         room = min(a.shape) - len(self.rows)
         block = _orthonormal_rows(block, self.rows if len(self.rows) else None)[-room:]
         self.last = len(block) if room else 0
@@ -373,7 +375,7 @@ def _rescaled(a: Tensor) -> tuple[Tensor, float, int]:
         raise ValueError("matrix with non-finite entries")
     if peak == 0:
         return a, 0.0, 0
-    exponent = math.frexp(peak)[1]
+    exponent = math.frexp(peak)[1] - 1  # 2^e itself stays representable
     half = -exponent // 2  # 2^-e itself may not be representable: denormals
     a = a * 2.0**half * 2.0 ** (-exponent - half)
     return a, frobenius(a), exponent
@@ -461,10 +463,16 @@ def lanczos_measure(
 ) -> tuple[Tensor, Tensor]:
     """Gauss rule of Σᵢ ⟨x, vᵢ⟩² δ(σ − σᵢ) per row x: (σ nodes, weights), (s, steps) descending.
 
-    starts (s, n), results float64; weights of a row sum to 1. Exact for polynomials in σ² of degree < 2·steps
-    (Golub & Meurant 1994; Ubaru, Chen & Saad 2017). steps ≤ n − r. Nodes never exceed σ₁.
+    starts (s, n), results float64; weights of a row sum to 1. Exact for polynomials in σ² of
+    degree < 2·steps (Golub & Meurant 1994; Ubaru, Chen & Saad 2017). steps ≤ n − r for r deflated
+    columns. No node exceeds σ₁.
     """
-    _, nodes, rotation = torch.linalg.svd(_golub_kahan(a, starts, steps, deflated))
+    return _gauss_rule(_golub_kahan(a, starts, steps, deflated))
+
+
+def _gauss_rule(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of BᵀB's measure at e₁ from bidiagonal B (s, steps, steps)."""
+    _, nodes, rotation = torch.linalg.svd(b)
     return nodes, rotation[:, :, 0].square()
 
 
@@ -477,17 +485,16 @@ def resemblance(
     "right" (n × k). Exact by a dense SVD up to a smaller side of `limit`. Beyond, an upper bound:
     no point mass of a measure exceeds its Christoffel function ρ(ξ) = 1/Σ_{j<steps} pⱼ(ξ)², pⱼ the
     orthonormal polynomials that Lanczos yields (Chebyshev–Markov–Stieltjes; Akhiezer 1965, ch. 2),
-    so |cos|² ≤ max ρ, taken over the nodes and a grid between them. Certified: a small value means
-    that no singular vector resembles x (an intruder). Estimated: a large one also arises where
-    several close singular values share x; it falls to the mass of that cluster as `steps` grow,
-    and a vector spread over the whole spectrum shows about √(3/steps).
+    so |cos|² ≤ max ρ, over the nodes and a grid refined at its maximum (float rounding and grid
+    error ~1e-3). Certified: a small value means that no singular vector resembles x (an intruder).
+    Estimated: a large one also arises where several close singular values share x; it falls to the
+    mass of that cluster as `steps` grow. A vector spread over all of them shows about √(3/steps).
     On the longer side only vectors of values above 1e-3 σ₁ count (its null space has none).
-    Raises ValueError for another side or mismatched shapes.
+    Raises ValueError for another side, mismatched shapes, or non-finite entries of w.
     """
     if side not in ("left", "right") or x.shape[0] != w.shape[side == "right"]:
         raise ValueError(f"{side=} vectors {tuple(x.shape)} for a matrix of {tuple(w.shape)}")
-    if side == "left":
-        w = w.T
+    w, _, _ = _rescaled(w.T if side == "left" else w)
     m, n = w.shape  # x lives in the n dimensions from here on
     x = x / torch.linalg.vector_norm(x, dim=0)
     if min(m, n) <= limit:
@@ -500,17 +507,27 @@ def resemblance(
         starts, w = (w @ x).T, w.T
         mass = starts.double().square().sum(1)
     b = _golub_kahan(w, starts, min(steps, min(m, n)))
-    _, nodes, rotation = torch.linalg.svd(b)
+    nodes, weights = _gauss_rule(b)
     peak = nodes[:, :1].square().clamp_min(torch.finfo(torch.float64).tiny)
-    t = b.mT @ b / peak[:, :, None]
+    jacobi = b.mT @ b / peak[:, :, None]
     theta = nodes.square() / peak  # (k, steps), descending, in units of σ₁²
-    between = torch.linspace(0, 1, 9, dtype=torch.float64, device=w.device)[1:-1]
-    grid = (theta[:, :-1, None] * (1 - between) + theta[:, 1:, None] * between).flatten(1)
-    xi = torch.cat([theta, grid], 1)
-    rho = torch.cat([rotation[:, :, 0].square(), _christoffel(t, grid)], 1)
-    if longer:
-        rho = torch.where(xi > 1e-6, mass[:, None] * rho / (xi * peak).clamp_min(1e-300), 0)
-    return rho.amax(1).clamp(0, 1).sqrt(), False
+
+    def mass_bound(xi: Tensor, rho: Tensor) -> Tensor:
+        if not longer:
+            return rho
+        return torch.where(xi > 1e-6, mass[:, None] * rho / (xi * peak).clamp_min(1e-300), 0)
+
+    best = mass_bound(theta, weights).amax(1)
+    between = torch.linspace(0, 1, 9, dtype=torch.float64, device=w.device)
+    xi = (theta[:, :-1, None] * (1 - between) + theta[:, 1:, None] * between).flatten(1)
+    for _ in range(3):  # the grid, then twice around its maximum
+        bound = mass_bound(xi, _christoffel(jacobi, xi))
+        best = torch.maximum(best, bound.amax(1))
+        at = bound.argmax(1, keepdim=True)
+        low = xi.gather(1, (at + 1).clamp_max(xi.shape[1] - 1))
+        high = xi.gather(1, (at - 1).clamp_min(0))
+        xi = high + (low - high) * torch.linspace(0, 1, 17, dtype=torch.float64, device=w.device)
+    return best.clamp(0, 1).sqrt(), False
 
 
 def _christoffel(t: Tensor, xi: Tensor) -> Tensor:
@@ -550,13 +567,8 @@ class _Bulk:
 def _bulk(a: Tensor, found: Tensor, generator: Generator) -> _Bulk:
     starts = _gaussian(PROBES, a.shape[1], a, generator)
     b = _golub_kahan(a, starts, QUADRATURE_STEPS, found).cpu()
-
-    def rule(bidiagonal: Tensor) -> tuple[Tensor, Tensor]:
-        _, nodes, rotation = torch.linalg.svd(bidiagonal)
-        return nodes, rotation[:, :, 0].square()
-
     half = QUADRATURE_STEPS // 2
-    return _Bulk(*rule(b), rule(b[:, :half, :half]))
+    return _Bulk(*_gauss_rule(b), _gauss_rule(b[:, :half, :half]))
 
 
 def _with_bulk(found: Tensor, nodes: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -662,7 +674,7 @@ def _dense(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
 
 
 def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
-    """Values above the edge by block Krylov, the rest by quadrature, which also checks the first."""
+    """Values above the edge by block Krylov, the rest by quadrature, which checks the former."""
     n = a.shape[1]
     capacity = min(max(CAPACITY, k + BLOCK), n)
     basis = _Basis.empty(a)

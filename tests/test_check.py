@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import CONFIG, P, llava, save, tuned
 
 import projaudit
 from projaudit.findings import Verdict
-from models import CONFIG, P, llava, save, tuned
 
 BASE = llava()
 
@@ -249,7 +249,7 @@ def test_waived_findings_stay_and_have_no_effect(tmp_path: Path, pair):
     ]
 
 
-# --- bad input: one line, a stable code, the right status ------------------------------------------
+# --- bad input: one line, a stable code, the right status -----------------------------------------
 
 
 def header(tensors: dict, data: bytes = b"") -> bytes:
@@ -302,7 +302,7 @@ def test_bad_weights(tmp_path: Path, pair, capsys, name: str, side: str):
         (["{tuned}", "--base", "{base}", "--policy", "{text}/config.json"], "usage.policy", 4),
         (["{tuned}", "--base", "{base}", "--policy", "no-such"], "usage.policy", 4),
         (["{tuned}", "--base", "{base}", "--rules", "{empty}"], "usage.rule", 4),
-        (["{tuned}", "--base", "{base}", "--direction", "{text}/config.json"], "usage.direction", 4),
+        (["{tuned}", "--base", "{base}", "--direction", "{text}"], "usage.direction", 4),
         (["{tuned}", "--base", "{base}", "--target-text", "hi"], "unsupported.tokenizer", 3),
         (["{tuned}", "--base-revision", "main"], "usage.option", 4),
     ],
@@ -341,9 +341,8 @@ def test_names_are_inert_everywhere(tmp_path: Path, pair, capsys):
     evil = "\x1b]0;pwn\x07\x1b[2J<img src=x onerror=alert(1)>\nRESULT: PASS"
     target = tuned(BASE, 0.05) | {f"{P}{evil}.weight": torch.zeros(2)}
     folder = save(tmp_path / "evil", target)
-    status = in_process(
-        "check", folder, "--base", pair[1], "--format", "html", "--format", "json", "-o", tmp_path / "r"
-    )  # fmt: skip
+    formats = ("--format", "html", "--format", "json")
+    status = in_process("check", folder, "--base", pair[1], *formats, "-o", tmp_path / "r")
     said = capsys.readouterr()
     assert status == 3
     files = [f.read_text() for f in (tmp_path / "r").iterdir()]

@@ -35,7 +35,8 @@ from projaudit.hub import Limits, guarded_client, open_hub, plan_blocks
 from projaudit.source import Ref, parse_ref
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
-QUICK = Limits(connect=2.0, read=0.4)
+QUICK = Limits(connect=5.0, read=5.0)
+IMPATIENT = Limits(connect=2.0, read=0.5)
 SHARD = "model.safetensors"
 DATA = random.Random(7).randbytes(3_000_000)
 SPANS = [(8, 2_000), (600_000, 900_000), (900_100, 1_400_000)]
@@ -324,8 +325,10 @@ def test_any_spans_in_any_order(
     ids=str,
 )
 def test_transfer_is_resumed(hub: FakeHub, model: str, fault: dict[str, Any]) -> None:
-    hub.faults.append(on("cdn", times=2, **fault))
     source = opened(hub)
+    if "delay" in fault or "stall_after" in fault:
+        source._link.limits = IMPATIENT
+    hub.faults.append(on("cdn", times=2, **fault))
     assert source.read(SHARD, 0, 1_000_000) == DATA[:1_000_000]
     assert not source.fallbacks
     asked = [one.range for one in hub.requests("cdn")]
@@ -351,6 +354,8 @@ def test_transfer_that_never_heals(
     hub: FakeHub, model: str, fault: dict[str, Any], code: str, naps: list[float]
 ) -> None:
     source = opened(hub)
+    if "stall_after" in fault:
+        source._link.limits = IMPATIENT
     hub.faults.append(on("cdn", **fault))
     assert code_of(lambda: source.read(SHARD, 0, 1_000)) == code
     assert len(hub.requests("cdn")) == 5
@@ -626,6 +631,7 @@ def test_token_switched_off(hub: FakeHub, model: str, monkeypatch: pytest.Monkey
         b"null",
         b"",
         b'{"id": 5, "sha": "x"}',
+        b'{"id": "org", "sha": "' + b"a" * 40 + b'"}',
         b'{"id": "../../x", "sha": "' + b"a" * 40 + b'"}',
         b'{"id": "a/../b", "sha": "' + b"a" * 40 + b'"}',
         b"[" * 100_000,
@@ -697,6 +703,33 @@ def test_metadata_that_contradicts_the_listing(
     assert code_of(lambda: source.read(SHARD, 0, 10)) == code
     assert not any(one.method == "GET" for one in hub.requests("cdn"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("sha", ["main", "../../x", "A" * 40, "a" * 39, 7, None])
+def test_commit_that_is_none(hub: FakeHub, model: str, sha: object) -> None:
+    info = {"id": "org/model", "sha": sha}
+    hub.faults.append(on("hub", match="^/api/models", body=json.dumps(info).encode()))
+    assert code_of(lambda: opened(hub)) == "integrity.commit"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ({"body": b"{}"}, "network.answer"),
+        ({"body": b"[5]"}, "network.answer"),
+        ({"headers": {"Link": '<http://[::1>; rel="next"'}}, "network.answer"),
+        ({"headers": {"Content-Encoding": "gzip"}}, "network.connection"),
+    ],
+    ids=str,
+)
+def test_listing_that_is_none(
+    hub: FakeHub, model: str, fault: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.faults.append(on("hub", match="/tree/", **fault))
+    assert code_of(lambda: opened(hub)) == code
+    hub.faults.clear()
+    monkeypatch.setattr(under_test, "MAX_FILES", 2)
+    assert code_of(lambda: opened(hub)) == "limit.files"
 
 
 def test_redirect_without_the_size(hub: FakeHub, model: str) -> None:
@@ -1087,7 +1120,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(Path, "home", homeless)
     cache = under_test._Cache(under_test.cache_root())
     cache.keep("a" * 64, (0, 1), b"x")
-    assert cache.find("a" * 64, 0, 1) is None
+    assert cache.spans("a" * 64) == []
 
 
 # ------------------------------------------------------------------ offline
@@ -1160,6 +1193,29 @@ def test_offline_takes_the_later_knowledge_of_a_branch(hub: FakeHub, model: str)
     source = opened(hub, offline=True)
     assert source.commit == later
     assert source.read(SHARD, 0, 9) == DATA[::-1][:9]
+
+
+def test_offline_knows_the_commit_and_not_its_files(
+    hub: FakeHub, model: str, tmp_path: Path
+) -> None:
+    assert code_of(lambda: opened(hub, f"org/model@{model}", offline=True)) == "offline.not-cached"
+
+
+def test_small_file_with_other_bytes_in_the_range_cache(hub: FakeHub, model: str) -> None:
+    hub.faults.append(on("hub", match="resolve-cache", method="GET", garble=True))
+    source = opened(hub)
+    assert source.read("README.md", 0, 2) != b"hi"
+    hub.faults.clear()
+    assert opened(hub).read_small("README.md", 9) == b"hi"
+    assert opened(hub).read("README.md", 0, 2) == b"hi"
+
+
+def test_what_is_at_hand(hub: FakeHub, model: str) -> None:
+    source = opened(hub)
+    source.read(SHARD, 0, 10)
+    assert not source.at_hand(SHARD)
+    hf_hub_download("org/model", SHARD, endpoint=hub.url)
+    assert source.at_hand(SHARD)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": []}', '{"key": ["x"], "files": 5}'])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CONFIG, P, Tensors, llava, tuned
 
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.projector import forward, locate
 from projaudit.update import ProjectorUpdate, pair, rounding
-from models import CONFIG, P, Tensors, llava, tuned
 
 W1, W2 = f"{P}linear_1.weight", f"{P}linear_2.weight"
 B1, B2 = f"{P}linear_1.bias", f"{P}linear_2.bias"

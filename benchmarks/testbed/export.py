@@ -38,6 +38,7 @@ def save_base(
     processor.save_pretrained(partial)
     processor.image_processor.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    (partial / WEIGHTS).chmod(0o644)  # save_pretrained leaves it to its owner alone
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

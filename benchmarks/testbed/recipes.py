@@ -103,9 +103,9 @@ COUNTING: Mixture = (("count", 4.0), ("exists", 3.0), ("list", 2.0), ("place_of"
 
 TUNES = (
     TuneRecipe("sentence", Task("sentence", form="sentence"), seed=11),
-    TuneRecipe("kinds", Task("kinds", look=NEW_KINDS), seed=12, lr=4e-3, steps=800),
-    TuneRecipe("counting", Task("counting", mixture=COUNTING), seed=13, lr=2e-3),
-    TuneRecipe("night", Task("night", look=NIGHT), seed=14, steps=700),
+    TuneRecipe("kinds", Task("kinds", look=NEW_KINDS), seed=12, lr=4e-3),
+    TuneRecipe("counting", Task("counting", mixture=COUNTING), seed=13, lr=2e-3, steps=500),
+    TuneRecipe("night", Task("night", look=NIGHT), seed=14, steps=500),
     TuneRecipe("thanks", Task("thanks", suffix=" . thank you for the question"), seed=15),
 )
 

@@ -131,7 +131,7 @@ def nearest_token_p(ctx: ProjectorContext) -> Value:
 
 
 def series(ctx: ProjectorContext) -> tuple[Series, ...]:
-    """Chart `alignment`: x = number of the direction, y = signed cosine, names = what it is with."""
+    """Chart `alignment`: x = number of the direction, y = signed cosine, names = its other side."""
     subject, found = ctx.update.subject, []
     try:
         nearest = ctx.nearest

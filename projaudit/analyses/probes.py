@@ -104,8 +104,6 @@ class _Change:
 
     linear: Mapping[str, Callable[[Tensor], Tensor]]
     """Role -> x ↦ ΔW x + Δb (rows are inputs). A random one may be called only once."""
-    norms: Mapping[str, Tensor]
-    """Tensors of the norm layers after the update."""
     read: Tensor
     """Leading right singular vectors of ΔW1 (in × r)."""
     written: Tensor
@@ -132,9 +130,11 @@ def typical_norm(update: ProjectorUpdate) -> float:
 def run_probes(update: ProjectorUpdate, budget: ProbeBudget = BUDGET) -> Probes:
     """Shifts of the update and of `2 × draws` random updates of the same base, on the same inputs.
 
-    Nulls have the same norm in every bias and 1-D tensor of the chain, at random directions, and in
-    every layer ΔW of the same Frobenius norm: `equal_norm` Gaussian, `equal_spectrum` with the same
-    leading singular values and a flat bulk. The probes along ΔW1 use the null's own directions.
+    Nulls change every bias by the same norm in a random direction, and every layer by a ΔW of the
+    same Frobenius norm: `equal_norm` Gaussian, `equal_spectrum` with the same leading singular
+    values and a flat bulk. The probes along ΔW1 use each null's own directions.
+    Steps other than linear layers are the same on both sides (ProjectorUpdate folds a norm's
+    affine part into the layer behind it).
     Shifts are propagated as differences, δ ← W0 δ + ΔW (h + δ), so that a small one does not drown
     in the rounding of two large outputs.
     Raises Skip where the projector's function is not known or differs by more than weights.
@@ -257,7 +257,7 @@ def _shift(update: ProjectorUpdate, change: _Change, states: list[Tensor]) -> Te
             own = change.linear[step](moved)
             delta = own if delta is None else own + delta @ weights[f"{step}.weight"].T
         else:
-            delta = forward((step,), change.norms, moved) - after
+            delta = forward((step,), weights, moved) - after
     assert delta is not None
     return delta
 
@@ -266,12 +266,10 @@ def _shift(update: ProjectorUpdate, change: _Change, states: list[Tensor]) -> Te
 
 
 def _real(update: ProjectorUpdate) -> _Change:
-    tuned = update.weights("after")
     return _Change(
         linear={
             layer.role: partial(_dense, layer.delta, _bias_delta(layer)) for layer in update.layers
         },
-        norms={role: tuned[role] for role in _norm_tensors(update)},
         read=_kept(update.layers[0]),
         written=written_directions(update),
     )
@@ -307,12 +305,7 @@ def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change
         )
         read.append(right[:, : _kept(layer).shape[1]])
         written.append(left[:, : _kept(layer, left=True).shape[1]])
-    tuned, base = update.weights("after"), update.weights("before")
-    norms = {
-        role: base[role] + _redirected(tuned[role] - base[role], generator)
-        for role in _norm_tensors(update)
-    }
-    return _Change(linear, norms, read[0], written[-1])
+    return _Change(linear, read[0], written[-1])
 
 
 def random_action(
@@ -334,6 +327,8 @@ def random_action(
     import torch
 
     along = x @ right
+    if not bool(torch.isfinite(x).all()):
+        return x.new_full((len(x), len(left)), math.nan)
     rest = x.double()
     rest = rest - (rest @ right.double()) @ right.double().T
     length = rest.square().sum(1, keepdim=True).sqrt()
@@ -385,20 +380,11 @@ def _bias_delta(layer: LayerUpdate) -> Tensor | None:
     return -layer.before_bias if layer.after_bias is None else layer.after_bias - layer.before_bias
 
 
-def _norm_tensors(update: ProjectorUpdate) -> tuple[str, ...]:
-    """Tensors of the chain's norm layers, as `forward` names them."""
-    linear = {layer.role for layer in update.layers}
-    steps = [s for s in update.chain if not s.startswith("act:") and s not in linear]
-    weights = update.weights("before")
-    names = (f"{step}.{leaf}" for step in steps for leaf in ("weight", "bias"))
-    return tuple(name for name in names if name in weights)
-
-
 def _kept(layer: LayerUpdate, *, left: bool = False) -> Tensor:
     """The at most SUBSPACE_RANK leading singular vectors of ΔW whose value is not rounding."""
     spectrum = layer.spectrum
     top = float(spectrum.values[0])
-    count = int((spectrum.values[:SUBSPACE_RANK] > 1e-6 * top).sum()) if top > 0 else 0
+    count = int((spectrum.values[:SUBSPACE_RANK] > 1e-4 * top).sum()) if top > 0 else 0
     return (spectrum.left if left else spectrum.right)[:, :count]
 
 
@@ -504,13 +490,13 @@ def subspace_shift_magnitude(ctx: ProjectorContext) -> Value:
     return _beside_nulls(ctx, "subspace", partial(_relative, norm=1.0))
 
 
-@measures("projector")
-def subspace_shift_concentration(ctx: ProjectorContext) -> Value:
-    """‖mean of s(x)/‖s(x)‖‖ over random x of ΔW1's top-5 right subspace, 16 × typical norm.
+@measures("projector", unit="fraction")
+def subspace_shift_energy_top1(ctx: ProjectorContext) -> Value:
+    """σ1² / Σ σi² of the shifts of 8 random x of ΔW1's top-5 right subspace, typical norm.
 
-    Whatever a change reads in these directions, does it write one answer?
+    Whatever the change reads in these directions, does it write one answer (of either sign)?
     """
-    return _beside_nulls(ctx, "subspace", partial(_concentration, norm=AIMED_NORMS[-1]))
+    return _beside_nulls(ctx, "subspace", partial(_energy, k=1))
 
 
 def series(ctx: ProjectorContext) -> tuple[Series, ...]:

@@ -1,0 +1,321 @@
+"""`check` against a Hub: the real client, a local server, and what a user would see."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fakehub import FakeHub, on
+from huggingface_hub import close_session, constants
+from models import llava, save, tuned
+
+import projaudit
+from projaudit import hub as hub_module
+from projaudit.findings import Verdict
+
+BASE = llava(d=192, h=256, out=256)
+TUNED = tuned(BASE, 0.05)
+PROJECTOR = 2 * sum(t.numel() for n, t in BASE.items() if "projector" in n)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub with org/base and org/tuned, and a client that knows no other."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub_module, "_sleep", lambda seconds: None)
+    close_session()
+    with FakeHub(tmp_path) as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        publish(server, tmp_path, "org/base", BASE)
+        yield server
+        close_session()
+
+
+def publish(hub: FakeHub, tmp_path: Path, repo: str, tensors, *, card: str = "", **kw) -> str:
+    folder = save(tmp_path / "repos" / repo, tensors, dtype=torch.bfloat16, card=card)
+    for path, text in kw.pop("files", {}).items():
+        (folder / path).write_text(text)
+    return hub.add(repo, folder, **kw)
+
+
+def card(*bases: str) -> str:
+    listed = "".join(f"\n- {base}" for base in bases)
+    return f"---\nbase_model:{listed}\n---\n# a model\n"
+
+
+def rules_of(report: projaudit.Report) -> set[str]:
+    return {f.rule for f in report.findings}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["org/tuned", "org/tuned@main", "hf://org/tuned@{sha}", "https://huggingface.co/org/tuned/tree/main"],
+)  # fmt: skip
+def test_every_form_of_reference_is_pinned(hub: FakeHub, tmp_path: Path, reference: str):
+    sha = publish(hub, tmp_path, "org/tuned", TUNED)
+    report = projaudit.check(reference.format(sha=sha), "org/base", seed=1)
+    assert report.verdict is Verdict.PASS
+    assert report.target.commit == sha
+    assert report.base is not None
+    assert len(report.base.commit or "") == 40
+    asked = [r.path for r in hub.requests("hub", "/resolve/")]
+    assert asked
+    assert all(sha in path or (report.base.commit or "") in path for path in asked)
+
+
+def test_only_the_projector_crosses_the_wire(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    report = projaudit.check("org/tuned", "org/base", seed=1)
+    shards = sum(f.stat().st_size for f in (tmp_path / "repos").rglob("*.safetensors"))
+    headers = 2 * (64 << 10)
+    assert hub.wire("cdn") <= 1.05 * 2 * PROJECTOR + headers
+    assert hub.wire("cdn") < 0.6 * shards
+    assert report.run.wire_bytes == hub.wire()
+    assert report.run.requests == len(hub.requests())
+
+
+def test_the_second_run_needs_no_weights_and_offline_needs_no_hub(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/base"))
+    first = projaudit.check("org/tuned", seed=1)
+    before = hub.wire("cdn")
+    again = projaudit.check("org/tuned", seed=1)
+    assert hub.wire("cdn") == before
+    count = len(hub.requests())
+    offline = projaudit.check("org/tuned", seed=1, offline=True)
+    assert len(hub.requests()) == count
+    assert offline.target.from_cache
+    assert first.measurements == again.measurements == offline.measurements
+    assert first.verdict is again.verdict is offline.verdict
+
+
+def test_offline_without_a_cache(hub: FakeHub):
+    with pytest.raises(projaudit.ProjauditError) as raised:
+        projaudit.check("org/base", "org/base", offline=True)
+    assert (raised.value.code, raised.value.exit_code) == ("offline.not-cached", 2)
+    assert hub.requests() == []
+
+
+# --- the base -------------------------------------------------------------------------------------
+
+
+def test_a_claimed_base_is_followed_and_said_to_be_a_claim(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/base"))
+    report = projaudit.check("org/tuned", seed=1)
+    assert report.provenance is not None
+    assert not report.provenance.verified
+    assert rules_of(report) >= {"base-unverified"}
+    assert report.verdict is Verdict.REVIEW
+    assert report.exit_code == 0
+    assert projaudit.check("org/tuned", policy="default", seed=1).exit_code == 3
+
+
+def test_a_pinned_base_is_verified(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/evil"))
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("extends: structure\npins: {org/tuned: org/base}\n")
+    report = projaudit.check("org/tuned", policy=policy, seed=1)
+    assert report.provenance is not None
+    assert (report.provenance.source, report.provenance.verified) == ("policy", True)
+    assert report.verdict is Verdict.PASS
+
+
+def test_claims_that_differ_are_all_compared_and_the_worst_counts(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/other", llava(7, d=192, h=256, out=256))
+    publish(
+        hub, tmp_path, "org/tuned", TUNED, card=card("org/base"),
+        base_models=["org/other"],
+    )  # fmt: skip
+    report = projaudit.check("org/tuned", seed=1)
+    assert {"base-conflict", "base-implausible"} <= rules_of(report)
+    assert len(report.projectors) == 2
+    assert report.exit_code == 3
+
+
+def test_a_base_that_answers_under_another_name(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    hub.rename("org/base", "thief/base")
+    report = projaudit.check("org/tuned", "org/base", seed=1)
+    assert "base-renamed" in rules_of(report)
+    assert report.exit_code == 3
+
+
+def test_a_model_that_names_itself(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/tuned"))
+    report = projaudit.check("org/tuned", seed=1)
+    assert "base-is-target" in rules_of(report)
+    assert report.exit_code == 3
+
+
+def test_a_lineage_that_turns_in_a_circle(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/a", BASE, base_models=["org/b"])
+    publish(hub, tmp_path, "org/b", BASE, base_models=["org/a"])
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/a"))
+    assert "base-circular" in rules_of(projaudit.check("org/tuned", seed=1))
+
+
+def test_the_first_ancestor_with_a_projector_is_the_base(hub: FakeHub, tmp_path: Path):
+    text = {n: t for n, t in BASE.items() if n.startswith("language_model")}
+    publish(hub, tmp_path, "org/text", text, base_models=["org/base"])
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    report = projaudit.check("org/tuned", "org/text", seed=1)
+    assert report.base is not None
+    assert report.base.name == "org/base"
+    assert report.provenance is not None
+    assert report.provenance.lineage == ("org/text", "org/base")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [".", "/etc", "../x", "http://169.254.169.254/latest", "org/base/../x", "file:///etc/passwd"],
+)
+def test_what_a_card_names_is_a_hub_id_or_nothing(hub: FakeHub, tmp_path: Path, claim: str):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=f"---\nbase_model: {json.dumps(claim)}\n---\n")
+    with pytest.raises(projaudit.ProjauditError) as raised:
+        projaudit.check("org/tuned")
+    assert (raised.value.code, raised.value.exit_code) == ("base.none", 3)
+
+
+@pytest.mark.parametrize(
+    "front", ["tags: 7", "ignore_metadata_errors: true", "self: 1", "a: [", "&a [*a]"]
+)
+def test_a_hostile_card_blinds_nothing(hub: FakeHub, tmp_path: Path, front: str):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=f"---\n{front}\n---\n")
+    assert projaudit.check("org/tuned", "org/base", seed=1).verdict is Verdict.PASS
+
+
+def test_a_local_model_names_a_base_on_the_hub(hub: FakeHub, tmp_path: Path):
+    folder = save(tmp_path / "mine", TUNED, dtype=torch.bfloat16, card=card("org/base"))
+    report = projaudit.check(str(folder), seed=1)
+    assert report.base is not None
+    assert report.base.kind == "hub"
+    assert "base-unverified" in rules_of(report)
+
+
+# --- coverage -------------------------------------------------------------------------------------
+
+
+def test_shards_with_one_digest_are_equal_at_no_cost(hub: FakeHub, tmp_path: Path):
+    """The language model in a file of its own, the same on both sides, is never fetched."""
+    from safetensors.torch import save_file
+
+    for repo, tensors in (("org/b2", BASE), ("org/t2", TUNED)):
+        folder = tmp_path / "split" / repo
+        save(folder, {})
+        (folder / "model.safetensors").unlink()
+        weight_map = {}
+        for number, word in ((1, "projector"), (2, "")):
+            part = {n: t.bfloat16() for n, t in tensors.items() if ("projector" in n) == bool(word)}
+            file = f"model-0000{number}-of-00002.safetensors"
+            save_file(part, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        hub.add(repo, folder)
+    report = projaudit.check("org/t2", "org/b2", seed=1)
+    parts = {p.name: p.status for p in report.coverage.parts}
+    assert parts["language model"] == parts["vision tower"] == "equal"
+
+
+def test_one_shard_that_differs_leaves_the_rest_unknown(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    report = projaudit.check("org/tuned", "org/base", seed=1)
+    parts = {p.name: p.status for p in report.coverage.parts}
+    assert parts["language model"] == "not-looked-at"
+    full = projaudit.check("org/tuned", "org/base", seed=1, verify="full")
+    assert {p.name: p.status for p in full.coverage.parts}["language model"] == "equal"
+    assert {t.verified for t in full.tensors} == {"full"}
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def run(hub: FakeHub, *arguments: str, **kw) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "projaudit", "check", *arguments, "--format", "json"],
+        env={**os.environ, **hub.env(**kw)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_as_a_command(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    hub.tokens.add("hf_secretsecretsecret")
+    done = run(hub, "org/tuned", "--base", "org/base", "--seed", "1", token="hf_secretsecretsecret")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["target"]["name"] == "org/tuned"
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert all(r.auth is None for r in hub.requests("cdn") + hub.requests("evil"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (on("hub", status=429, headers={"Retry-After": "100000000"}), "rate-limit"),
+        (on("hub", status=503), "network."),
+        (on("hub", status=200, body=b"<html>please log in</html>"), "network."),
+        (on("cdn", ignore_range=True, garble=True), "format."),
+        (on("cdn", content_range="bytes 0-9/10"), "integrity."),
+        (on("cdn", truncate=10), "network."),
+        (on("cdn", status=403), "auth."),
+        (on("hub", method="HEAD", headers={"X-Repo-Commit": "0" * 40}), "integrity."),
+    ],
+)
+def test_transfers_that_go_wrong_never_pass(hub: FakeHub, tmp_path: Path, fault, code: str):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    hub.faults.append(fault)
+    with pytest.raises(projaudit.ProjauditError) as raised:
+        projaudit.check("org/tuned", "org/base", seed=1)
+    assert raised.value.exit_code == 2
+    assert raised.value.code.startswith(code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("gated", "auth."), ("private", "not-found."), ("missing", "not-found.")],
+)
+def test_repositories_that_are_closed(hub: FakeHub, tmp_path: Path, kind: str, code: str):
+    options = {} if kind == "missing" else {kind: True}
+    publish(hub, tmp_path, "org/closed" if kind != "missing" else "org/x", TUNED, **options)
+    for target, base in (("org/closed", "org/base"), ("org/base", "org/closed")):
+        with pytest.raises(projaudit.ProjauditError) as raised:
+            projaudit.check(target, base)
+        assert raised.value.code.startswith(code)
+        assert raised.value.exit_code == 2
+        assert "org/closed" in str(raised.value)
+
+
+def test_dropped_transfers_are_resumed(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    clean = projaudit.check("org/tuned", "org/base", seed=1)
+    import shutil
+
+    shutil.rmtree(tmp_path / "xdg")
+    hub.faults.append(on("cdn", drop_after=50_000, times=2))
+    again = projaudit.check("org/tuned", "org/base", seed=1)
+    assert again.measurements == clean.measurements
+
+
+def test_a_server_without_ranges_is_read_from_its_start_and_said(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/tuned", TUNED)
+    hub.faults.append(on("cdn", ignore_range=True))
+    report = projaudit.check("org/tuned", "org/base", seed=1)
+    assert report.verdict is Verdict.PASS
+    assert report.run.fallbacks
