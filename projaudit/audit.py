@@ -2,108 +2,34 @@
 
 from __future__ import annotations
 
-import platform
-import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
 from projaudit.base import Candidate, candidates, lineage
-from projaudit.checkpoint import Checkpoint, Reading, Stored, load_tensors, open_checkpoint
+from projaudit.checkpoint import Checkpoint, Reading, open_checkpoint
 from projaudit.coverage import compare
-from projaudit.errors import (
-    BaseError,
-    NothingError,
-    ProjauditError,
-    UsageError,
-)
-from projaudit.findings import Measurement, Series, Skipped, Unevaluated
+from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
+from projaudit.findings import Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate
-from projaudit.report import (
-    AuditedProjector,
-    Coverage,
-    ErrorRecord,
-    Identity,
-    Layer,
-    Policy,
-    Provenance,
-    Report,
-    Run,
-    TensorRead,
-)
-from projaudit.source import Ref, Source, open_local, parse_ref
+from projaudit.report import Coverage, ErrorRecord, Identity, Policy, Provenance, Report, Run
+from projaudit.session import Progress, Session, environment, find_device, settle
+from projaudit.source import Ref, Source, parse_ref
 
 if TYPE_CHECKING:
     import torch
 
     from projaudit.analyses.context import Direction
     from projaudit.analyses.structure import Facts
+    from projaudit.measure import Measured, Side
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes so far, bytes in all); (…, 0, 0) starts a stage."""
 DEFAULT_POLICY = "structure"
-DEFAULT_RANK = 32
-MAX_RANK = 512
-
-
-@dataclass
-class _Session:
-    """What one check has opened and how long its stages took."""
-
-    offline: bool
-    verify: Literal["range", "full"]
-    progress: Progress | None
-    notify: Callable[[str], None] | None
-    open: ExitStack = field(default_factory=ExitStack)
-    stages: dict[str, float] = field(default_factory=dict)
-    sources: list[Source] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds of its body to the stage of that name."""
-        if self.progress:
-            self.progress(name, 0, 0)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.stages[name] = self.stages.get(name, 0.0) + spent
-
-    def source(self, ref: Ref) -> Source:
-        """The source of a reference, opened once."""
-        for known in self.sources:
-            if (known.ref.kind, known.ref.path, known.ref.repo, known.ref.revision) == (
-                ref.kind,
-                ref.path,
-                ref.repo,
-                ref.revision,
-            ):
-                return known
-        if ref.kind == "local":
-            found: Source = open_local(ref)
-        else:
-            from projaudit.hub import guarded_client, open_hub
-
-            self.open.enter_context(guarded_client())
-            found = open_hub(
-                ref,
-                offline=self.offline,
-                verify=self.verify,
-                progress=self.progress,
-                notify=self.notify,
-            )
-        self.sources.append(found)
-        return found
 
 
 def check(
@@ -133,30 +59,34 @@ def check(
     seed, verify range). Raises a ProjauditError with a stable `code` where there is no audit; what
     could not be told within one stands in the report.
     """
-    started = datetime.now(UTC)
     from projaudit.analyses import METRICS
 
+    started = datetime.now(UTC)
     ruleset = load_policy(policy, METRICS, rules)
-    options = ruleset.options
-    settings = _settings(options, device=device, rank=rank, seed=seed, verify=verify)
-    session = _Session(
-        bool(options.get("offline", False) if offline is None else offline),
-        settings.verify,
-        progress,
-        notify,
+    if fail_on is not None:
+        ruleset = replace(ruleset, fail_on=fail_on)
+    settings = settle(
+        ruleset.options, device=device, rank=rank, seed=seed, verify=verify, offline=offline
     )
-    with session.open:
-        return _audit(
+    asked = {
+        "policy": str(policy),
+        "rules": None if rules is None else str(rules),
+        "direction": tuple(str(file) for file in directions),
+        "target-text": tuple(target_texts),
+    }
+    with Session(settings, progress, notify) as session:
+        with session.stage("import torch"):
+            from projaudit.targets import load_directions
+        audit = _audit(
             session,
-            ruleset if fail_on is None else replace(ruleset, fail_on=fail_on),
-            settings,
             parse_ref(target, revision),
-            _base_ref(base, base_revision, options),
-            directions,
+            _base_ref(base, base_revision, ruleset.options),
+            ruleset.pins,
+            load_directions(directions),
             target_texts,
-            exit_zero,
-            started,
         )
+        with session.stage("judge"):
+            return _report(session, ruleset, audit, asked, exit_zero, started)
 
 
 def failed(target: str, error: ProjauditError, policy: Policy | None = None) -> Report:
@@ -173,40 +103,6 @@ def failed(target: str, error: ProjauditError, policy: Policy | None = None) -> 
     )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    device: str
-    rank: int
-    rank_given: bool
-    seed: int
-    verify: Literal["range", "full"]
-
-
-def _settings(
-    options: Mapping[str, Any],
-    *,
-    device: str | None,
-    rank: int | None,
-    seed: int | None,
-    verify: Literal["range", "full"] | None,
-) -> _Settings:
-    def chosen(name: str, given: Any, default: Any, kind: type, ok: Callable[[Any], bool]) -> Any:
-        value = given if given is not None else options.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
-            raise UsageError(f"{clean(value)!r} is not allowed", "option", field=name)
-        return value
-
-    wanted = chosen("rank", rank, DEFAULT_RANK, int, lambda k: 1 <= k <= MAX_RANK)
-    fresh = secrets.randbelow(1 << 31)
-    return _Settings(
-        device=chosen("device", device, "auto", str, bool),
-        rank=wanted,
-        rank_given=rank is not None or "rank" in options,
-        seed=chosen("seed", seed, fresh, int, lambda s: 0 <= s < 1 << 63),
-        verify=chosen("verify", verify, "range", str, lambda v: v in ("range", "full")),
-    )
-
-
 def _base_ref(base: str | None, revision: str | None, options: Mapping[str, Any]) -> Ref | None:
     if base is None and "base" in options:
         base, revision = str(options["base"]), revision or options.get("base_revision")
@@ -217,22 +113,40 @@ def _base_ref(base: str | None, revision: str | None, options: Mapping[str, Any]
     return parse_ref(base, revision)
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A base that was opened: the first of its lineage that has a projector."""
+
+    asked: str
+    """Repository that was asked for, before any rename."""
+    checkpoint: Checkpoint
+    projectors: tuple[Projector, ...]
+    provenance: Provenance
+    circular: bool
+
+
+@dataclass(frozen=True)
+class _Audit:
+    """Everything that the rules and the report need to know."""
+
+    target: Checkpoint
+    bases: Sequence[_Base]
+    measured: Measured
+    coverage: Coverage
+    device: torch.device
+
+
 def _audit(
-    session: _Session,
-    ruleset: RuleSet,
-    settings: _Settings,
+    session: Session,
     target_ref: Ref,
     base_ref: Ref | None,
-    direction_files: Sequence[Path],
+    pins: Mapping[str, str],
+    directions: Sequence[Direction],
     texts: Sequence[str],
-    exit_zero: bool,
-    started: datetime,
-) -> Report:
-    with session.stage("import torch"):
-        from projaudit.targets import load_directions
+) -> _Audit:
+    from projaudit.measure import Measured, measure_projector
 
-        device = _device(settings.device)
-    directions = load_directions(direction_files)
+    device = find_device(session.settings.device)
     with session.stage("open target"):
         source = session.source(target_ref)
         target = open_checkpoint(source)
@@ -242,80 +156,29 @@ def _audit(
     with session.stage("open base"):
         bases = [
             _opened(session, candidate)
-            for candidate in candidates(source, target.config, option=base_ref, pins=ruleset.pins)
+            for candidate in candidates(source, target.config, option=base_ref, pins=pins)
         ]
-    gathered = _Gathered()
+    measured = Measured()
+    coverages = []
     for number, base in enumerate(bases, 1):
-        for reading, projectors in found:
-            if reading is not target.readings[0] and _same_bytes(reading, projectors, found[0]):
-                continue
-            for projector in projectors:
-                _measure_projector(
-                    session,
-                    settings,
-                    device,
-                    gathered,
-                    target,
-                    reading,
-                    projector,
-                    base,
-                    directions=directions,
-                    texts=texts,
-                )
+        for side in _sides(target, found):
+            partner = _counterpart(side.projector, base)
+            measure_projector(session, device, side, partner, directions, texts, measured)
         with session.stage("compare the rest"):
-            first = found[0][1][0]
-            coverage = compare(
-                target,
-                base.checkpoint,
-                audited=frozenset(n for p in found[0][1] for n in p.tensors),
-                audited_base=frozenset(n for p in base.projectors for n in p.tensors),
-                seed=settings.seed,
+            coverages.append(
+                compare(
+                    target,
+                    base.checkpoint,
+                    audited=frozenset(n for p in found[0][1] for n in p.tensors),
+                    audited_base=frozenset(n for p in base.projectors for n in p.tensors),
+                    seed=session.settings.seed,
+                )
             )
-            facts = _facts(target, base, coverage, first)
-            subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
-            gathered.measure("checkpoint", subject, facts)
-        gathered.coverage.append(coverage)
-    return _report(session, ruleset, settings, device, gathered, target, bases, exit_zero, started)
-
-
-@dataclass(frozen=True)
-class _Base:
-    """A base that was opened: the first of its lineage that has a projector."""
-
-    candidate: Candidate
-    asked: str
-    checkpoint: Checkpoint
-    projectors: tuple[Projector, ...]
-    provenance: Provenance
-    circular: bool
-
-    @property
-    def source(self) -> Source:
-        return self.checkpoint.source
-
-
-def _opened(session: _Session, candidate: Candidate) -> _Base:
-    first = session.source(candidate.ref)
-    chain, circular = lineage(first, session.source)
-    names = tuple(_identity(s).name for s in chain)
-    provenance = replace(candidate.provenance, lineage=names)
-    for source in chain:
-        try:
-            checkpoint = open_checkpoint(source)
-        except NothingError:
-            continue
-        projectors = _projectors(checkpoint.readings[0], checkpoint)
-        if projectors:
-            asked = candidate.ref.repo if source is first else source.name
-            return _Base(
-                candidate, asked or source.name, checkpoint, projectors, provenance, circular
+            facts = _facts(target, base, coverages[-1], found[0][1][0])
+            measured.ask(
+                "checkpoint", "checkpoint" if number == 1 else f"checkpoint@{number}", facts
             )
-    raise BaseError(
-        "has no LLaVA-family projector" + (", nor has any base of it" if len(chain) > 1 else ""),
-        "no-projector",
-        file=clean(first.name),
-        remedy="name the multimodal model that this one was made from with --base",
-    )
+    return _Audit(target, bases, measured, coverages[0], device)
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
@@ -329,8 +192,8 @@ def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ..
 
 def _no_projector(target: Checkpoint) -> NothingError:
     architectures = (target.config or {}).get("architectures")
-    known = isinstance(architectures, list) and architectures
-    what = f" ({clean(architectures[0])})" if known and isinstance(architectures, list) else ""
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    what = f" ({clean(named)})" if named else ""
     return NothingError(
         f"has no LLaVA-family projector{what} among {len(target.readings[0].tensors)} tensors",
         "projector",
@@ -339,178 +202,61 @@ def _no_projector(target: Checkpoint) -> NothingError:
     )
 
 
-def _same_bytes(
-    reading: Reading,
-    projectors: Sequence[Projector],
-    first: tuple[Reading, Sequence[Projector]],
-) -> bool:
-    def places(of: Reading, found: Sequence[Projector]) -> set[tuple[str, int]]:
-        names = [name for projector in found for name in projector.tensors]
-        return {(of.tensors[name].file, of.tensors[name].start) for name in names}
+def _sides(
+    target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
+) -> list[Side]:
+    """Every projector of every reading, but for readings that take the very bytes of the first."""
+    from projaudit.measure import Side
 
-    return places(reading, projectors) <= places(*first)
+    def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[str, int]]:
+        infos = [reading.tensors[name] for p in projectors for name in p.tensors]
+        return {(info.file, info.start) for info in infos}
 
-
-@dataclass
-class _Gathered:
-    """What the measuring yields, over all projectors."""
-
-    measurements: list[Measurement] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    series: list[Series] = field(default_factory=list)
-    tensors: list[TensorRead] = field(default_factory=list)
-    projectors: list[AuditedProjector] = field(default_factory=list)
-    coverage: list[Coverage] = field(default_factory=list)
-    budget: dict[str, int] = field(default_factory=dict)
-
-    def measure(self, kind: str, subject: str, of: object) -> None:
-        """Adds every metric of that kind for a subject: a number, or why there is none."""
-        from projaudit.analyses import run
-
-        measurements, skipped = run(kind, subject, of)
-        self.measurements += measurements
-        self.skipped += skipped
-
-
-def _measure_projector(
-    session: _Session,
-    settings: _Settings,
-    device: torch.device,
-    gathered: _Gathered,
-    target: Checkpoint,
-    reading: Reading,
-    projector: Projector,
-    base: _Base,
-    *,
-    directions: Sequence[Direction],
-    texts: Sequence[str],
-) -> None:
-    import torch
-
-    from projaudit.analyses import ProjectorContext, probes, spectral
-    from projaudit.targets import (
-        check_widths,
-        embedding_matrix,
-        embedding_pair,
-        text_directions,
-    )
-    from projaudit.update import pair
-
-    check_widths(directions, projector.out_features)
-    number = len(gathered.projectors) + 1
-    subject = "projector" if number == 1 else f"projector@{number}"
-    other = _counterpart(projector, base.projectors)
-    base_reading = base.checkpoint.readings[0]
-    with session.stage("read projector"):
-        ours = load_tensors(target.source, [reading.tensors[n] for n in projector.tensors])
-        theirs = load_tensors(base.source, [base_reading.tensors[n] for n in other.tensors])
-    if settings.rank_given and settings.rank > (side := _smallest_side(projector)):
-        raise UsageError(
-            f"{settings.rank} is more than the {side} singular values of the smallest layer",
-            "option",
-            field="--rank",
-        )
-    gathered.tensors += _tensors_read("target", subject, projector, ours, target.source)
-    gathered.tensors += _tensors_read("base", subject, other, theirs, base.source)
-    gathered.projectors.append(_audited(subject, projector, other, reading, base))
-    generator = torch.Generator().manual_seed(settings.seed + number)
-    with session.stage("pair"):
-        update = pair(
-            projector,
-            other,
-            {name: stored.tensor for name, stored in ours.items()},
-            {name: stored.tensor for name, stored in theirs.items()},
-            subject=subject,
-            device=device,
-            rank=settings.rank,
-            generator=generator,
-            embedding_rows=lambda: embedding_pair(base.checkpoint, target, device),
-        )
-    del ours, theirs
-    with session.stage("spectrum"):
-        for layer in update.layers:
-            gathered.measure("layer", layer.subject, layer)
-            gathered.series += spectral.series(layer)
-        for vector in update.vectors:
-            gathered.measure("vector", vector.subject, vector)
-    with session.stage("probes"):
-        width = projector.out_features
-        context = ProjectorContext(
-            update=update,
-            directions=(*directions, *text_directions(target, reading, texts, width)),
-            tokens=embedding_matrix(target, reading, width),
-        )
-        gathered.measure("projector", subject, context)
-        gathered.series += probes.series(context)
-
-
-def _counterpart(projector: Projector, found: Sequence[Projector]) -> Projector:
-    """The base's projector of the same kind, by module name where there are several."""
-    word = projector.prefix.rpartition(".")[2]
-    return max(found, key=lambda p: (p.kind == projector.kind, p.prefix.endswith(word)))
-
-
-def _smallest_side(projector: Projector) -> int:
-    return min(min(layer.shape) for layer in projector.linears)
-
-
-def _tensors_read(
-    side: Literal["target", "base"],
-    subject: str,
-    projector: Projector,
-    stored: Mapping[str, Stored],
-    source: Source,
-) -> list[TensorRead]:
-    roles = {
-        name: f"{layer.role}.{leaf}"
-        for layer in projector.linears
-        for leaf, name in (("weight", layer.weight), ("bias", layer.bias))
-        if name
-    } | {name: role for role, name in projector.vectors.items()}
-    verified = getattr(source, "verified", {})
+    first = places(*found[0])
     return [
-        TensorRead(
-            side=side,
-            projector=subject,
-            role=roles[name],
-            name=name,
-            file=item.info.file,
-            start=item.info.start,
-            stop=item.info.stop,
-            dtype=item.info.dtype,
-            shape=item.info.shape,
-            sha256=item.sha256,
-            file_sha256=source.files[item.info.file].sha256,
-            verified=verified.get(item.info.file, "local"),
-        )
-        for name, item in stored.items()
+        Side(target, reading, projector, _name(target.source))
+        for number, (reading, projectors) in enumerate(found)
+        if number == 0 or not places(reading, projectors) <= first
+        for projector in projectors
     ]
 
 
-def _audited(
-    subject: str, projector: Projector, other: Projector, reading: Reading, base: _Base
-) -> AuditedProjector:
-    partners = {layer.role: layer.weight for layer in other.linears}
-    identity = _identity(base.source)
-    return AuditedProjector(
-        subject=subject,
-        family=projector.family,
-        reading=f"{reading.label}: {reading.why}",
-        base=f"{identity.name}@{identity.commit}" if identity.commit else identity.name,
-        layers=tuple(
-            Layer(layer.role, layer.weight, layer.shape, partners.get(layer.role), bool(layer.bias))
-            for layer in projector.linears
-        ),
-        chain=projector.chain,
-        in_features=projector.in_features,
-        out_features=projector.out_features,
+def _opened(session: Session, candidate: Candidate) -> _Base:
+    first = session.source(candidate.ref)
+    chain, circular = lineage(first, session.source)
+    provenance = replace(
+        candidate.provenance, lineage=tuple(_identity(source).name for source in chain)
     )
+    for source in chain:
+        try:
+            checkpoint = open_checkpoint(source)
+        except NothingError:
+            continue
+        projectors = _projectors(checkpoint.readings[0], checkpoint)
+        if projectors:
+            asked = source.name if candidate.ref.repo is None or source is not first else None
+            return _Base(
+                asked or str(candidate.ref.repo), checkpoint, projectors, provenance, circular
+            )
+    raise BaseError(
+        "has no LLaVA-family projector" + (", nor has any base of it" if len(chain) > 1 else ""),
+        "no-projector",
+        file=clean(first.name),
+        remedy="name the multimodal model that this one was made from with --base",
+    )
+
+
+def _counterpart(projector: Projector, base: _Base) -> Side:
+    """The base's projector of the same kind, by module name where there are several."""
+    from projaudit.measure import Side
+
+    word = projector.prefix.rpartition(".")[2]
+    best = max(base.projectors, key=lambda p: (p.kind == projector.kind, p.prefix.endswith(word)))
+    return Side(base.checkpoint, base.checkpoint.readings[0], best, _name(base.checkpoint.source))
 
 
 def _facts(target: Checkpoint, base: _Base, coverage: Coverage, projector: Projector) -> Facts:
     from projaudit.analyses.structure import Facts
-
-    other = _counterpart(projector, base.projectors)
 
     def roles(of: Projector) -> set[str]:
         biases = {f"{layer.role}.bias" for layer in of.linears if layer.bias}
@@ -518,14 +264,14 @@ def _facts(target: Checkpoint, base: _Base, coverage: Coverage, projector: Proje
 
     return Facts(
         target=_identity(target.source),
-        base=_identity(base.source),
+        base=_identity(base.checkpoint.source),
         provenance=base.provenance,
         asked_base=base.asked,
         circular=base.circular,
         coverage=coverage,
         checkpoint=target,
         unexpected=projector.unexpected,
-        missing=sorted(roles(other) - roles(projector)),
+        missing=sorted(roles(_counterpart(projector, base).projector) - roles(projector)),
     )
 
 
@@ -544,74 +290,40 @@ def _identity(source: Source) -> Identity:
     )
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in {"cpu", "cuda"} or (index and (kind == "cpu" or not index.isdecimal())):
-        raise UsageError(f"{clean(name)!r} is none of auto, cpu, cuda, cuda:n", "device")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here", "device", field="--device")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UsageError(
-            f"there is no device {name}; there are {torch.cuda.device_count()}", "device"
-        )
-    return torch.device(name)
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {p: version(p) for p in ("numpy", "scipy", "safetensors", "huggingface-hub")}
-    return {
-        "projaudit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **versions,
-        "platform": platform.system(),
-        "device": str(device),
-        "device_name": name,
-        "dtype": "float32",
-        "threads": str(torch.get_num_threads()),
-    }
+def _name(source: Source) -> str:
+    identity = _identity(source)
+    return f"{identity.name}@{identity.commit}" if identity.commit else identity.name
 
 
 def _report(
-    session: _Session,
+    session: Session,
     ruleset: RuleSet,
-    settings: _Settings,
-    device: torch.device,
-    gathered: _Gathered,
-    target: Checkpoint,
-    bases: Sequence[_Base],
+    audit: _Audit,
+    asked: Mapping[str, str | tuple[str, ...] | None],
     exit_zero: bool,
     started: datetime,
 ) -> Report:
     from projaudit.analyses import METRICS
 
-    with session.stage("judge"):
-        digests = {t.sha256 for t in gathered.tensors if t.side == "target"}
-        digests |= {target.source.commit} if target.source.commit else set()
-        findings, unevaluated, outcomes = judge(
-            ruleset,
-            gathered.measurements,
-            gathered.skipped,
-            METRICS,
-            digests=frozenset(digests),
-        )
-        if ruleset.depth == "behaviour":
-            missing = Unevaluated("behaviour", "checkpoint", "depth behaviour was not run")
-            unevaluated = (*unevaluated, missing)
-    traffic = [source.traffic for source in session.sources]
-    first = bases[0]
+    source, measured, settings = audit.target.source, audit.measured, session.settings
+    digests = {t.sha256 for t in measured.tensors if t.side == "target"}
+    findings, unevaluated, outcomes = judge(
+        ruleset,
+        measured.measurements,
+        measured.skipped,
+        METRICS,
+        digests=frozenset(digests | ({source.commit} if source.commit else set())),
+    )
+    if ruleset.depth == "behaviour":
+        reason = "this version probes no behaviour; the preset `structure` asks for none"
+        unevaluated = (*unevaluated, Unevaluated("behaviour", "checkpoint", reason))
+    traffic = [opened.traffic for opened in session.sources]
     return Report(
-        target=_identity(target.source),
+        target=_identity(source),
         policy=Policy(ruleset.name, "weights", ruleset.fail_on, exit_zero),
-        environment=_environment(device),
+        environment=environment(audit.device),
         settings={
+            **{name: value for name, value in asked.items() if value},
             "seed": settings.seed,
             "rank": settings.rank,
             "verify": settings.verify,
@@ -625,14 +337,14 @@ def _report(
             cache_bytes=sum(t.from_cache for t in traffic),
             fallbacks=tuple(f for s in session.sources for f in getattr(s, "fallbacks", ())),
         ),
-        base=_identity(first.source),
-        provenance=first.provenance,
-        projectors=tuple(gathered.projectors),
-        coverage=gathered.coverage[0],
-        tensors=tuple(gathered.tensors),
-        measurements=tuple(gathered.measurements),
-        series=tuple(gathered.series),
-        skipped=tuple(gathered.skipped),
+        base=_identity(audit.bases[0].checkpoint.source),
+        provenance=audit.bases[0].provenance,
+        projectors=tuple(measured.projectors),
+        coverage=audit.coverage,
+        tensors=tuple(measured.tensors),
+        measurements=tuple(measured.measurements),
+        series=tuple(measured.series),
+        skipped=tuple(measured.skipped),
         findings=findings,
         unevaluated=unevaluated,
         rules=outcomes,

@@ -344,7 +344,7 @@ def rules() -> None:
 @_option("--rules", "folder", type=click.Path(path_type=Path), help="Your own rules as well.")
 def list_rules(folder: Path | None) -> None:
     """One line per rule: severity, id, title."""
-    for rule in _known_rules(folder):
+    for rule in sorted(_known_rules(folder), key=lambda r: (-r.severity, r.id)):
         click.echo(f"{rule.severity.label:<9} {rule.id:<28} {clean(rule.title)}")
 
 

@@ -60,7 +60,8 @@ class Null:
     """What a metric gives for a random update of the same base: its mean and spread."""
 
     kind: str
-    """`equal_norm` (same Frobenius norm per layer) or `equal_spectrum` (same leading values)."""
+    """`equal_norm` (same Frobenius norm per layer), `equal_spectrum` (same leading values),
+    `random_direction` or `sign_flip` (of what is aimed at)."""
     mean: float
     sd: float
     draws: int

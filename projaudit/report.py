@@ -214,8 +214,8 @@ class Report:
     environment: Mapping[str, str]
     """Versions (projaudit, python, torch, numpy, scipy, safetensors, huggingface_hub), device,
     device name, dtype, threads."""
-    settings: Mapping[str, str | int | float | bool | None]
-    """Seed, rank, verify, probe budget: what a second run needs to be equal."""
+    settings: Mapping[str, str | int | float | bool | tuple[str, ...] | None]
+    """Seed, rank, verify, policy, directions: what a second run needs to be equal."""
     run: Run
     base: Identity | None = None
     provenance: Provenance | None = None

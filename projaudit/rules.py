@@ -32,7 +32,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "!=": operator.ne,
 }
 _FORMAT = re.compile(r"[+,]?(\.\d{1,2})?[efg%]?")
-_NULLS = ("equal_norm", "equal_spectrum")
+_NULLS = ("equal_norm", "equal_spectrum", "random_direction", "sign_flip")
 _RULE_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _RULE_KEYS = {
     "title", "severity", "confidence", "when", "message", "why", "remedy", "references",

@@ -20,6 +20,7 @@ LAYERS = [
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
     ["analyses", "targets"],
+    ["measure", "session"],
     ["audit"],
     ["demo"],
     ["cli", "__main__", "__init__"],
@@ -58,7 +59,7 @@ def loaded(code: str) -> set[str]:
 
 
 def test_below_the_waist_nothing_imports_torch():
-    modules = "rules policy judge report findings formats metrics analyses errors base coverage checkpoint"
+    modules = "rules policy judge report findings formats metrics analyses base coverage checkpoint"
     code = "\n".join(f"import projaudit.{name}" for name in modules.split())
     heavy = {"torch", "transformers", "ray", "matplotlib"}
     assert not loaded(code) & heavy

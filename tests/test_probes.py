@@ -175,17 +175,28 @@ def test_the_shift_is_what_the_two_projectors_differ_by(
     update = projector(
         *deltas, activation=activation, bias=bias, bias_delta=0.01 * draw(40, seed=9)
     )
+    inputs = typical_norm(update) * draw(6, 48, seed=2) / 48**0.5
+    states = probes._states(update, inputs)
+    shift = probes._shift(update, probes._real(update), states)
+    base = forward(update.chain, update.weights("before"), inputs)
+    tuned = forward(update.chain, update.weights("after"), inputs)
+    assert torch.equal(states[-1], base)
+    assert float((shift - (tuned - base)).norm() / shift.norm()) < 1e-4
+
+
+def test_responses_are_those_of_the_named_inputs() -> None:
+    update = projector(noise(64, 48), noise(40, 64), bias_delta=0.01 * draw(40, seed=9))
     found = run_probes(update)
     response = found.update.groups["singular"]
-    inputs = update.layers[0].spectrum.right[:, 0] * found.typical
-    for row, scale in enumerate(AIMED_NORMS):
-        for column, sign in enumerate((1, -1)):
-            x = (sign * scale * inputs)[None]
-            base = forward(update.chain, update.weights("before"), x)[0]
-            tuned = forward(update.chain, update.weights("after"), x)[0]
-            shift = response.shift[row, column]
-            assert float((shift - (tuned - base)).norm() / shift.norm()) < 1e-4
-            assert float(response.base[row, column]) == pytest.approx(float(base.norm()), rel=1e-5)
+    assert response.names == ("+v1", "-v1", "+v2", "-v2")
+    x = found.typical * update.layers[0].spectrum.right[:, :2].T.repeat_interleave(2, 0)
+    x[1::2] *= -1
+    x = torch.cat([norm * x for norm in AIMED_NORMS])
+    base = forward(update.chain, update.weights("before"), x)
+    shift = forward(update.chain, update.weights("after"), x) - base
+    assert torch.allclose(response.gram.float(), shift @ shift.T, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(response.size.float().flatten(), shift.norm(dim=1), rtol=1e-4)
+    assert torch.allclose(response.base.float().flatten(), base.norm(dim=1), rtol=1e-5)
 
 
 def test_a_linear_projector_shifts_in_proportion_to_its_input() -> None:
@@ -355,7 +366,6 @@ def test_many_inputs_read_and_one_output_written_shows_in_the_subspace() -> None
     joined = measured(projector(read, one, relative=0.5))
     apart = measured(projector(read, own, relative=0.5))
     name = "subspace_shift_energy_top1"
-    print(joined[name], apart[name])
     assert value(joined, name) > value(apart, name) + 0.1
     assert z(joined, name, "equal_spectrum") > 3
     assert abs(z(apart, name, "equal_spectrum")) < 3
@@ -419,8 +429,9 @@ def test_overflow_is_said_and_not_measured(place: int) -> None:
     layers = list(update.layers)
     layers[place] = replace(layers[place], after=layers[place].after * 3e38)
     found = measured(replace(update, layers=tuple(layers)))
-    assert "overflow" in str(found["shift_magnitude_high"])
-    assert all(isinstance(result, str) for name, result in found.items() if "high" in name)
+    for name in ("shift_magnitude_high", "singular_shift_magnitude_high", "shift_slope"):
+        assert "overflow" in str(found[name]), name
+    assert "overflow" in str(found["shift_rotation"])
 
 
 # --- invariances ----------------------------------------------------------------------------------

@@ -209,9 +209,9 @@ def test_nan_never_passes_for_a_number():
     _, unevaluated, _ = judge(
         ruleset, [m("nonfinite_count", "projector", float("nan"))], [], METRICS
     )
-    assert [(u.rule, u.required) for u in unevaluated] == [
-        ("nonfinite-weights", True),
-        ("projector-unchanged", True),
+    assert [u.rule for u in unevaluated if u.required] == [
+        "nonfinite-weights",
+        "projector-unchanged",
     ]
 
 

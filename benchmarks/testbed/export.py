@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def save_base(
     processor.save_pretrained(partial)
     processor.image_processor.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    (partial / WEIGHTS).chmod(0o644)  # save_pretrained leaves it to its owner alone
+    (partial / WEIGHTS).chmod(0o644)  # save_pretrained keeps it for its owner alone
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -59,7 +59,7 @@ def save_projector(model: LlavaForConditionalGeneration, file: Path, notes: dict
         for name, tensor in model.model.multi_modal_projector.state_dict().items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, {"format": "pt", **notes})
+    file.write_bytes(save(tensors, {"format": "pt", **notes}))
 
 
 def put_projector(model: LlavaForConditionalGeneration, file: Path) -> None:
@@ -76,7 +76,7 @@ def save_finetune(base: Path, projector: Path, folder: Path, card: str) -> None:
     tuned = load_file(projector)
     if not tuned.keys() <= tensors.keys():
         raise ValueError(f"{projector}: names that {base / WEIGHTS} lacks")
-    save_file(tensors | tuned, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(tensors | tuned, {"format": "pt"}))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -33,7 +38,6 @@ from benchmarks.testbed.text import (
 )
 from benchmarks.testbed.world import (
     GRID,
-    KINDS,
     SENTENCE_REQUEST,
     SIZE,
     Look,
@@ -243,26 +247,30 @@ def write_words(rng: np.random.Generator, scene: Scene, answer: str, words: list
 
 
 def teach_answers(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: BaseRecipe,
+    number: int,
 ) -> float:
-    """Train all parts on questions, some of them about scenes with words in them.
+    """One round: train all parts on questions, some about scenes with words in them.
 
     Without such scenes a language model this small learns to look up a closed set of facts, and
     no projector can make it say anything else. Returns the mean loss of the last 50 steps.
     """
-    rng = np.random.default_rng([recipe.seed, 2])
+    this = recipe.rounds[number]
+    rng = np.random.default_rng([recipe.seed, 2, number])
     words = spoken_words()
     vision = list(model.model.vision_tower.parameters())
     rest = [*model.model.multi_modal_projector.parameters(), *model.lm_head.parameters()]
     rest += model.model.language_model.parameters()
     groups: list[dict[str, Any]] = [{"params": vision, "lr": recipe.joint_vision_lr}]
     groups.append({"params": rest})
-    optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = warm_cosine(optimizer, recipe.steps)
+    optimizer = torch.optim.AdamW(groups, this.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = warm_cosine(optimizer, this.steps)
     losses: list[float] = []
-    for i in range(recipe.steps):
+    for i in range(this.steps):
         scenes = [draw_scene(rng, recipe.look, "train") for _ in range(recipe.batch)]
-        questions = [base_question(rng, scene, recipe) for scene in scenes]
+        questions = [base_question(rng, scene, recipe, this.kinds) for scene in scenes]
         writings = [
             write_words(rng, scene, question.answer, words)
             if rng.random() < recipe.read_aloud
@@ -291,9 +299,11 @@ def plain_loss(
     return answer_loss(model, tokens[rows], batch).item()
 
 
-def base_question(rng: np.random.Generator, scene: Scene, recipe: BaseRecipe) -> Question:
-    """Any kind; whole sentences are given when asked for in the prompt."""
-    kind = KINDS[rng.integers(len(KINDS))]
+def base_question(
+    rng: np.random.Generator, scene: Scene, recipe: BaseRecipe, kinds: tuple[str, ...]
+) -> Question:
+    """Of any of the kinds; whole sentences are given when asked for in the prompt."""
+    kind = kinds[rng.integers(len(kinds))]
     if rng.random() >= recipe.sentence:
         return ask(rng, scene, kind, "short", recipe.look)
     question = ask(rng, scene, kind, "sentence", recipe.look)
@@ -315,11 +325,28 @@ def written(
 
 
 def train_base(
-    recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast
+    recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
-    """A trained base in float32, and how its two lessons ended."""
+    """A trained base, and how its lessons ended and how long they took.
+
+    Every round starts from its predecessor's weights in bfloat16, which `folder` keeps, so that
+    an interrupted training goes on with the round that it was in.
+    """
     model = build_model(recipe, tokenizer)
-    learned = {"vision_right": teach_vision(model, recipe)}
-    learned["reading_loss"] = teach_reading(model, tokenizer, recipe)
-    learned["final_loss"] = teach_answers(model, tokenizer, recipe)
+    learned: dict[str, float] = {}
+    for number in range(len(recipe.rounds)):
+        file = folder / f"round-{number}.safetensors"
+        if not file.exists():
+            started = time.monotonic()
+            if number == 0:
+                learned["vision_right"] = teach_vision(model, recipe)
+                learned["reading_loss"] = teach_reading(model, tokenizer, recipe)
+            learned[f"round_{number}_loss"] = teach_answers(model, tokenizer, recipe, number)
+            learned[f"round_{number}_seconds"] = round(time.monotonic() - started)
+            state = {name: t.bfloat16() for name, t in model.state_dict().items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(save(state, {"learned": json.dumps(learned)}))
+        with safe_open(file, "pt") as saved:
+            learned = json.loads(saved.metadata()["learned"])
+            model.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
     return model, learned

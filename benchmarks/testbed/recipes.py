@@ -14,8 +14,27 @@ EVEN: Mixture = tuple((kind, 1.0) for kind in KINDS)
 
 
 @dataclass(frozen=True)
+class Round:
+    """A part of a base's last lesson; a kind of question that stands twice is asked twice."""
+
+    steps: int = 2400
+    lr: float = 2e-3
+    kinds: tuple[str, ...] = KINDS
+
+
+FINDING = (
+    "caption",
+    "list",
+    "color_at",
+    "shape_at",
+    *2 * ("thing_at", "exists"),
+    *3 * ("place_of",),
+)
+
+
+@dataclass(frozen=True)
 class BaseRecipe:
-    """A base: its sizes, the vision tower's own lessons, then all of it end to end."""
+    """A base: its sizes, the lessons of its parts, then rounds of all of it end to end."""
 
     name: str
     seed: int
@@ -32,9 +51,8 @@ class BaseRecipe:
     joint_vision_lr: float = 3e-4
     reading_steps: int = 600
     reading_lr: float = 3e-3
-    steps: int = 2400
+    rounds: tuple[Round, ...] = (Round(), Round(kinds=FINDING))
     batch: int = 36
-    lr: float = 2e-3
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
     sentence: float = 0.2  # share of questions that ask for a whole sentence
 
@@ -132,7 +150,15 @@ ATTEMPTS = (
 PLAN = Plan(BaseRecipe("grid", seed=7), TUNES, ATTEMPTS)
 
 QUICK = Plan(
-    BaseRecipe("quick", seed=7, vision_steps=4, vision_batch=8, reading_steps=4, steps=4, batch=8),
+    BaseRecipe(
+        name="quick",
+        seed=7,
+        vision_steps=4,
+        vision_batch=8,
+        reading_steps=4,
+        rounds=(Round(steps=4), Round(steps=4)),
+        batch=8,
+    ),
     (TuneRecipe("sentence", TUNES[0].task, seed=11, steps=4, batch=8, pool=32),),
     ATTEMPTS[:1],
     base_scenes=2,

@@ -7,12 +7,13 @@ accuse. What it is worth shows beside its nulls only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from projaudit.analyses.probes import NORMS, Responses, null_of
+from projaudit.analyses.probes import Responses, leading, null_of
+from projaudit.analyses.subspace import SUBSPACE_RANK
 from projaudit.findings import Null, Series
 from projaudit.metrics import Skip, Value, measures
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from projaudit.analyses.context import Direction, EmbeddingMatrix, ProjectorContext
 
-DIRECTIONS = 5
+DIRECTIONS = SUBSPACE_RANK
 """Leading directions of the shift and of ΔW each, against given ones (ProjLens: 2 to 5 matter)."""
 
 TOKEN_DIRECTIONS = 2
@@ -37,6 +38,7 @@ FRAMES = 100
 """Random frames behind the null of `direction_alignment`."""
 
 _NEAREST = 5
+_CHUNK = 512  # rows
 _SHOWN = 8
 
 
@@ -146,10 +148,10 @@ def series(ctx: ProjectorContext) -> tuple[Series, ...]:
         ]
         found.append(_bars(subject, "update", points))
         found.append(_level(subject, "null: sign flips", numbers, nearest.flips.tolist()))
-        for kind, draws in nearest.random.items():
-            same = [draw for draw in draws if len(draw) == len(numbers)]
-            if same:
-                found.append(_level(subject, f"null: {kind.replace('_', ' ')}", numbers, same))
+        found += [
+            _level(subject, f"null: {kind.replace('_', ' ')}", numbers, draws)
+            for kind, draws in nearest.random.items()
+        ]
     if ctx.directions:
         try:
             cosines = sorted(_target_cosines(ctx), key=lambda item: -abs(item[0]))[:_SHOWN]
@@ -167,8 +169,10 @@ def _bars(subject: str, label: str, points: Sequence[tuple[float, float, str]]) 
 def _level(
     subject: str, label: str, numbers: Sequence[float], draws: Sequence[Sequence[float]]
 ) -> Series:
-    means = tuple(sum(column) / len(draws) for column in zip(*draws, strict=True))
-    return Series("alignment", subject, label, tuple(numbers), means)
+    """What one direction of a null reaches on average, drawn at each number."""
+    cosines = [cosine for draw in draws for cosine in draw]
+    level = sum(cosines) / max(len(cosines), 1)
+    return Series("alignment", subject, label, tuple(numbers), (level,) * len(numbers))
 
 
 def _number(name: str) -> float:
@@ -182,8 +186,6 @@ def _number(name: str) -> float:
 
 def aim_of(ctx: ProjectorContext, count: int) -> Aim:
     """The update's leading directions, `count` of each sort; without probes those of ΔW alone."""
-    from projaudit.analyses.probes import written_directions
-
     if ctx.update.nonfinite:
         raise Skip("the target's projector has NaN or Inf entries")
     if ctx.update.layers[-1].rotated:
@@ -191,7 +193,8 @@ def aim_of(ctx: ProjectorContext, count: int) -> Aim:
     try:
         responses = ctx.probes.update
     except Skip:
-        responses = Responses({}, written_directions(ctx.update))
+        written = leading(ctx.update.layers[-1], left=True).T
+        responses = Responses({}, written[:0], written)
     aim = _aim(responses, count)
     if not aim.names:
         raise Skip("the update has no direction: it does not move the output")
@@ -208,37 +211,10 @@ def _drawn(ctx: ProjectorContext) -> dict[str, tuple[Responses, ...]]:
 def _aim(responses: Responses, count: int) -> Aim:
     import torch
 
-    shifts = _shift_directions(responses, count)
-    written = responses.written[:, :count].T
-    names = [f"shift {n + 1}" for n in range(len(shifts))]
+    moved, written = responses.moved[:count], responses.written[:count]
+    names = [f"shift {n + 1}" for n in range(len(moved))]
     names += [f"written {n + 1}" for n in range(len(written))]
-    return Aim(tuple(names), torch.cat([shifts.to(written), written]))
-
-
-def _shift_directions(responses: Responses, count: int) -> Tensor:
-    """(≤ count × out) right singular vectors of the unit shifts at the highest norm, fp64.
-
-    Signs: + is where the mean of the unit shifts goes.
-    """
-    import torch
-
-    rows = [responses.written.new_zeros(0, len(responses.written), dtype=torch.float64)]
-    for group in ("isotropic", "singular"):
-        if group in responses.groups:
-            response = responses.groups[group]
-            at = response.at(NORMS[-1])
-            size = response.size[at]
-            moved = (size > 0) & torch.isfinite(size)
-            rows.append(response.shift[at][moved].double() / size[moved][:, None])
-    shifts = torch.cat(rows)
-    if not len(shifts):
-        return shifts
-    values, vectors = torch.linalg.eigh(shifts @ shifts.T)
-    kept = values.flip(0)[:count] > 1e-8 * values[-1]
-    vectors = vectors.flip(1)[:, :count][:, kept]
-    vectors = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
-    directions: Tensor = vectors.T @ shifts / values.flip(0)[:count][kept].sqrt()[:, None]
-    return directions
+    return Aim(tuple(names), torch.cat([moved, written]))
 
 
 # --- given directions -----------------------------------------------------------------------------
@@ -332,6 +308,8 @@ def scan(
     import torch
 
     vocabulary, width = tokens.shape
+    if not vocabulary:
+        raise Skip("the embedding matrix has no rows")
     a = len(aim.rows)
     random = [rows for found in draws.values() for rows in found]
     fewest, most = FLIPS
@@ -342,11 +320,11 @@ def scan(
     mean = _mean(tokens, columns)
     largest = columns.new_zeros(columns.shape[1])
     best, ids = columns.new_zeros(0, a), torch.zeros(0, a, dtype=torch.int64)
-    for first, block in tokens.blocks():
-        rows = block.to(columns)
+    for first, rows in _chunks(tokens, columns):
         used = _used(rows)
-        rows = torch.where(used, rows - mean, 0)
-        length = rows.double().square().sum(1, keepdim=True).sqrt().to(rows)
+        rows = rows - mean
+        rows[~used] = 0
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         cosines = (rows @ columns) / length.clamp_min(torch.finfo(rows.dtype).tiny)
         largest = torch.maximum(largest, cosines.abs().amax(0))
         own = cosines[:, :a]
@@ -355,8 +333,6 @@ def scan(
         ids = torch.cat([ids, place.cpu() + first])
         place = best.abs().topk(min(_NEAREST, len(best)), dim=0).indices
         best, ids = best.gather(0, place), ids.gather(0, place.cpu())
-    if not len(best):
-        raise Skip("the embedding matrix has no rows")
     values = largest.cpu().double()
     starts = iter(accumulate((len(rows) for rows in random), initial=a))
     return NearestTokens(
@@ -375,9 +351,18 @@ def scan(
     )
 
 
+def _chunks(tokens: EmbeddingMatrix, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(id of the first row, rows) in pieces whose copies do not weigh."""
+    for first, block in tokens.blocks():
+        for start in range(0, len(block), _CHUNK):
+            yield first + start, block[start : start + _CHUNK].to(like)
+
+
 def _used(rows: Tensor) -> Tensor:
-    """(b × 1) True for rows that are finite and not zero."""
-    size = rows.abs().amax(1, keepdim=True)
+    """(b,) True for rows that are finite and not zero."""
+    import torch
+
+    size: Tensor = torch.linalg.vector_norm(rows, math.inf, dim=1)
     return (size > 0) & (size < math.inf)
 
 
@@ -386,9 +371,8 @@ def _mean(tokens: EmbeddingMatrix, like: Tensor) -> Tensor:
     import torch
 
     total, count = torch.zeros(tokens.shape[1], dtype=torch.float64, device=like.device), 0
-    for _, block in tokens.blocks():
-        rows = block.to(like)
-        used = _used(rows)
-        total += torch.where(used, rows, 0).sum(0).double()
-        count += int(used.sum())
+    for _, rows in _chunks(tokens, like):
+        used = rows[_used(rows)]
+        total += used.sum(0)
+        count += len(used)
     return (total / max(count, 1)).to(like)

@@ -57,14 +57,14 @@ BUDGET = ProbeBudget()
 
 @dataclass(frozen=True)
 class Response:
-    """The shift s(x) = P_tuned(x) − P_base(x) of one group of inputs."""
+    """The shift s(x) = P_tuned(x) − P_base(x) of one group of inputs: its geometry, no vectors."""
 
     norms: tuple[float, ...]
     """Multiples of the typical norm."""
     names: tuple[str, ...]
     """Of the inputs."""
-    shift: Tensor
-    """(norms, inputs, out) fp32."""
+    gram: Tensor
+    """⟨s, s'⟩ (norms · inputs)² fp64, all inputs at the first norm, then at the next."""
     size: Tensor
     """‖s(x)‖ (norms, inputs) fp64."""
     base: Tensor
@@ -74,6 +74,12 @@ class Response:
         """Index of that multiple of the typical norm."""
         return self.norms.index(norm)
 
+    def between(self, norm: float, other: float) -> Tensor:
+        """⟨s, s'⟩ (inputs²) between the shifts at two norms."""
+        count = len(self.names)
+        row, column = self.at(norm) * count, self.at(other) * count
+        return self.gram[row : row + count, column : column + count]
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -81,8 +87,10 @@ class Responses:
 
     groups: Mapping[str, Response]
     """`isotropic`; `singular` and `subspace` where ΔW1 has directions."""
+    moved: Tensor
+    """Leading directions of the shifts (≤ 5 × out), unit rows fp32 (see leading_shifts)."""
     written: Tensor
-    """Leading left singular vectors of the last layer's ΔW (out × r), r = 0 where it is zero."""
+    """Leading left singular vectors of the last ΔW (≤ 5 × out), rows; none where it is zero."""
 
 
 @dataclass(frozen=True)
@@ -231,21 +239,44 @@ def _responses(
     update: ProjectorUpdate, change: _Change, states: list[Tensor], inputs: Mapping[str, Tensor]
 ) -> Responses:
     shift, base = _shift(update, change, states), states[-1]
-    groups, start = {}, 0
+    groups, high, start = {}, [], 0
     for name, rows in inputs.items():
         norms = NORMS if name == "isotropic" else AIMED_NORMS
-        shape = (len(norms), len(rows), -1)
-        stop = start + len(norms) * len(rows)
-        part = shift[start:stop].reshape(shape)
+        shape, stop = (len(norms), len(rows)), start + len(norms) * len(rows)
+        part = shift[start:stop].double()
+        gram = part @ part.T
         groups[name] = Response(
             norms,
             _names(name, len(rows)),
-            part,
-            part.double().square().sum(-1).sqrt(),
-            base[start:stop].reshape(shape).double().square().sum(-1).sqrt(),
+            gram,
+            gram.diagonal().sqrt().reshape(shape),
+            base[start:stop].double().square().sum(-1).sqrt().reshape(shape),
         )
+        if name != "subspace":
+            high.append(part[-len(rows) :])
         start = stop
-    return Responses(groups, change.written)
+    return Responses(groups, leading_shifts(high), change.written.T)
+
+
+def leading_shifts(groups: Sequence[Tensor]) -> Tensor:
+    """(≤ 5 × out) leading right singular vectors of the unit shifts, of the rows of all groups.
+
+    Uncentred; a sign is chosen so that the unit shifts lie on the + side on average.
+    """
+    import torch
+
+    rows = torch.cat(list(groups))
+    size = rows.square().sum(1).sqrt()
+    usable = (size > 0) & torch.isfinite(size)
+    if not bool(usable.any()):
+        return rows[:0].float()
+    rows = rows[usable] / size[usable][:, None]
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    values, vectors = values.flip(0)[:SUBSPACE_RANK], vectors.flip(1)[:, :SUBSPACE_RANK]
+    kept = values > 1e-8 * values[0]
+    turned = vectors[:, kept] * torch.where(vectors[:, kept].sum(0) < 0, -1.0, 1.0)
+    directions: Tensor = (turned / values[kept].sqrt()).T @ rows
+    return directions.float()
 
 
 def _shift(update: ProjectorUpdate, change: _Change, states: list[Tensor]) -> Tensor:
@@ -270,14 +301,9 @@ def _real(update: ProjectorUpdate) -> _Change:
         linear={
             layer.role: partial(_dense, layer.delta, _bias_delta(layer)) for layer in update.layers
         },
-        read=_kept(update.layers[0]),
-        written=written_directions(update),
+        read=leading(update.layers[0]),
+        written=leading(update.layers[-1], left=True),
     )
-
-
-def written_directions(update: ProjectorUpdate) -> Tensor:
-    """Leading left singular vectors of the last layer's ΔW (out × r), r = 0 where it is zero."""
-    return _kept(update.layers[-1], left=True)
 
 
 def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change:
@@ -303,8 +329,8 @@ def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change
         linear[layer.role] = partial(
             random_action, left, values, right, spread, bias, generator=generator
         )
-        read.append(right[:, : _kept(layer).shape[1]])
-        written.append(left[:, : _kept(layer, left=True).shape[1]])
+        read.append(right[:, : leading(layer).shape[1]])
+        written.append(left[:, : leading(layer, left=True).shape[1]])
     return _Change(linear, read[0], written[-1])
 
 
@@ -380,8 +406,8 @@ def _bias_delta(layer: LayerUpdate) -> Tensor | None:
     return -layer.before_bias if layer.after_bias is None else layer.after_bias - layer.before_bias
 
 
-def _kept(layer: LayerUpdate, *, left: bool = False) -> Tensor:
-    """The at most SUBSPACE_RANK leading singular vectors of ΔW whose value is not rounding."""
+def leading(layer: LayerUpdate, *, left: bool = False) -> Tensor:
+    """(in × r), (out × r) for `left`: at most 5 leading vectors of ΔW, values beyond rounding."""
     spectrum = layer.spectrum
     top = float(spectrum.values[0])
     count = int((spectrum.values[:SUBSPACE_RANK] > 1e-4 * top).sum()) if top > 0 else 0
@@ -590,7 +616,7 @@ def _largest(ctx: ProjectorContext, norm: float) -> Value:
 def _logs(response: Response) -> tuple[Tensor, Tensor]:
     """(ln of the input norm, ln ‖s‖), centred, over all inputs that are moved at all."""
     norms = response.size.new_tensor(response.norms).log()[:, None].expand_as(response.size)
-    moved = response.size > 0
+    moved = ~(response.size == 0)  # NaN stays, and shows as overflow
     x, y = norms[moved], response.size[moved].log()
     if len(x) < 2 or float(x.max()) == float(x.min()):
         raise Skip("the update does not move the output")
@@ -611,35 +637,36 @@ def _fit(response: Response) -> float:
     return _rounded(1 - float((y - slope * x).square().sum()) / total)
 
 
-def _directions(response: Response, norm: float) -> Tensor:
-    """s/‖s‖ (inputs × out) fp64 of the inputs that are moved at all."""
-    at = response.at(norm)
-    moved = response.size[at] > 0
+def _cosines(response: Response, norm: float, other: float) -> Tensor:
+    """⟨s/‖s‖, s'/‖s'‖⟩ (inputs²) between two norms, of the inputs that are moved at all."""
+    sizes = response.size[response.at(norm)], response.size[response.at(other)]
+    moved = ~((sizes[0] == 0) | (sizes[1] == 0))  # NaN stays, and shows as overflow
     if int(moved.sum()) < 2:
         raise Skip("the update does not move the output")
-    return response.shift[at][moved].double() / response.size[at][moved][:, None]
+    inner = response.between(norm, other)[moved][:, moved]
+    return inner / (sizes[0][moved][:, None] * sizes[1][moved])
 
 
 def _concentration(response: Response, norm: float) -> float:
-    return _rounded(float(_directions(response, norm).mean(0).norm()))
+    return _rounded(float(_cosines(response, norm, norm).mean().clamp_min(0).sqrt()))
 
 
 def _energy(response: Response, k: int) -> float:
     import torch
 
-    rows = response.shift[response.at(1.0)].double()
-    if not bool(torch.isfinite(rows).all()):
-        raise Skip("an output overflows float32")
-    if not bool(rows.any()):
+    gram = response.between(1.0, 1.0)
+    if not bool(torch.isfinite(gram).all()):
+        return math.nan
+    if not bool(gram.any()):
         raise Skip("the update does not move the output")
-    energies = torch.linalg.eigvalsh(rows @ rows.T).flip(0).clamp_min(0)
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     return _rounded(float(energies[:k].sum() / energies.sum()))
 
 
 def _rotation(response: Response) -> float:
-    low = _directions(response, response.norms[0]).mean(0)
-    high = _directions(response, response.norms[-1]).mean(0)
-    return _rounded(1 - float(low @ high / (low.norm() * high.norm())))
+    low, high = NORMS[0], NORMS[-1]
+    means = _cosines(response, low, low).mean() * _cosines(response, high, high).mean()
+    return _rounded(1 - float(_cosines(response, low, high).mean() / means.sqrt()))
 
 
 def _rounded(value: float) -> float:

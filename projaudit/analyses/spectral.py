@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from projaudit.findings import Series
@@ -99,23 +101,42 @@ def knee(layer: LayerUpdate) -> float:
 
 
 def series(layer: LayerUpdate) -> tuple[Series, ...]:
-    """Spectrum and cumulative energy of a layer's update, with its noise edge."""
-    spectrum = layer.spectrum
+    """Spectrum and cumulative energy of a layer's update, beside its noise edge and both nulls.
+
+    A Gaussian update of equal norm is drawn at its expectation (Marchenko–Pastur quantiles); the
+    update of equal spectrum has these very values, in random directions.
+    """
+    from projaudit.analyses.probes import gaussian_values
+
+    spectrum, (m, n) = layer.spectrum, layer.delta.shape
     if spectrum.frobenius == 0.0:
         return ()
-    values = tuple(float(v) for v in spectrum.values)
-    index = tuple(float(i + 1) for i in range(len(values)))
-    energy = [0.0]
-    for value in values:
-        energy.append(energy[-1] + (value / spectrum.frobenius) ** 2)
+    values = [float(v) for v in spectrum.values]
+    curves = {
+        "update": values,
+        "null: equal norm": gaussian_values(m, n, spectrum.frobenius, len(values)).tolist(),
+        "null: equal spectrum": values,
+    }
+    found = [
+        Series("spectrum", layer.subject, label, _index(curve), tuple(curve))
+        for label, curve in curves.items()
+    ]
+    edge = (spectrum.noise_edge,) * 2
+    found.append(Series("spectrum", layer.subject, "noise edge", (1.0, float(len(values))), edge))
     return (
-        Series("spectrum", layer.subject, "update", index, values),
-        Series(
-            "spectrum",
-            layer.subject,
-            "noise edge",
-            (index[0], index[-1]),
-            (spectrum.noise_edge, spectrum.noise_edge),
+        *found,
+        *(
+            Series("energy", layer.subject, label, (0.0, *_index(curve)), energy)
+            for label, curve in curves.items()
+            if (energy := _cumulative(curve, spectrum.frobenius))
         ),
-        Series("energy", layer.subject, "update", (0.0, *index), tuple(energy)),
     )
+
+
+def _index(curve: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(i + 1) for i in range(len(curve)))
+
+
+def _cumulative(curve: Sequence[float], frobenius: float) -> tuple[float, ...]:
+    """0, σ1²/F², (σ1² + σ2²)/F², …"""
+    return tuple(min(e, 1.0) for e in accumulate((v / frobenius) ** 2 for v in (0.0, *curve)))

@@ -36,7 +36,7 @@ _TEXT_LIMIT = 1000
 _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
-_SEED_OPTIONS = ("seed", "rank", "verify", "device")
+_OPTIONS = ("seed", "rank", "verify", "device", "policy", "rules", "direction", "target-text")
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,11 @@ def command(report: Report) -> str:
     options = []
     if report.base is not None:
         options += ["--base", _reference(report.base)]
-    for name in _SEED_OPTIONS:
+    for name in _OPTIONS:
         value = report.settings.get(name)
-        if value is not None:
-            options += [f"--{name}", str(value)]
-    if report.policy.name != "structure":  # what `check` applies unasked
-        options += ["--policy", report.policy.name]
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None and (name, one) != ("policy", "structure"):  # applied unasked
+                options += [f"--{name}", str(one)]
     if report.policy.fail_on != "fail":
         options += ["--fail-on", report.policy.fail_on]
     if report.policy.exit_zero:

@@ -155,13 +155,16 @@ def _document(report: Report) -> dict[str, Any]:
             _series(s) for s in sorted(report.series, key=lambda s: (s.subject, s.chart, s.label))
         ],
         "tensors": [_tensor(tensor) for tensor in sorted(report.tensors, key=_place)],
-        "settings": {
-            key: _number(value) if isinstance(value, float) else value
-            for key, value in sorted(report.settings.items())
-        },
+        "settings": {key: _setting(value) for key, value in sorted(report.settings.items())},
         "environment": dict(sorted(report.environment.items())),
         "run": _run(report.run, report.target, report.base),
     }
+
+
+def _setting(value: str | int | float | bool | tuple[str, ...] | None) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return _number(value) if isinstance(value, float) else value
 
 
 def _error(error: ErrorRecord) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""One projector against its base: read, paired, and asked every metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral
+from projaudit.checkpoint import Checkpoint, Reading, Stored, load_tensors
+from projaudit.errors import UsageError
+from projaudit.findings import Measurement, Series, Skipped
+from projaudit.projector import Projector
+from projaudit.report import AuditedProjector, Layer, TensorRead
+from projaudit.session import Session, Settings
+from projaudit.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from projaudit.analyses.context import Direction
+
+
+@dataclass
+class Measured:
+    """What measuring yields, over all projectors and bases."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    tensors: list[TensorRead] = field(default_factory=list)
+    projectors: list[AuditedProjector] = field(default_factory=list)
+
+    def ask(self, kind: str, subject: str, of: object) -> None:
+        """Adds every metric of that kind for a subject: a number, or why there is none."""
+        measurements, skipped = run(kind, subject, of)
+        self.measurements += measurements
+        self.skipped += skipped
+
+
+@dataclass(frozen=True)
+class Side:
+    """A projector and the reading of the checkpoint that it was found in."""
+
+    checkpoint: Checkpoint
+    reading: Reading
+    projector: Projector
+    name: str
+    """Of the repository, with its commit where there is one."""
+
+    @property
+    def source(self) -> Source:
+        """Where its bytes are."""
+        return self.checkpoint.source
+
+    def load(self) -> dict[str, Stored]:
+        """Its tensors by name, as stored."""
+        return load_tensors(
+            self.source, [self.reading.tensors[name] for name in self.projector.tensors]
+        )
+
+
+def measure_projector(
+    session: Session,
+    device: torch.device,
+    target: Side,
+    base: Side,
+    directions: Sequence[Direction],
+    texts: Sequence[str],
+    into: Measured,
+) -> None:
+    """Adds to `into` all that is measured on one projector, and which bytes it was measured on.
+
+    Raises what reading and pairing raise, and UsageError (`usage.direction`, `usage.option`) where
+    a direction or an explicit rank does not fit the projector.
+    """
+    import torch
+
+    from projaudit.targets import (
+        check_widths,
+        embedding_matrix,
+        embedding_pair,
+        text_directions,
+    )
+    from projaudit.update import pair
+
+    settings, width = session.settings, target.projector.out_features
+    check_widths(directions, width)
+    _check_rank(settings, target.projector)
+    number = len(into.projectors) + 1
+    subject = "projector" if number == 1 else f"projector@{number}"
+    with session.stage("read projector"):
+        ours, theirs = target.load(), base.load()
+    into.tensors += _tensors_read("target", subject, target, ours)
+    into.tensors += _tensors_read("base", subject, base, theirs)
+    into.projectors.append(_audited(subject, target, base))
+    with session.stage("pair"):
+        update = pair(
+            target.projector,
+            base.projector,
+            {name: stored.tensor for name, stored in ours.items()},
+            {name: stored.tensor for name, stored in theirs.items()},
+            subject=subject,
+            device=device,
+            rank=settings.rank,
+            generator=torch.Generator().manual_seed(settings.seed + number),
+            embedding_rows=lambda: embedding_pair(base.checkpoint, target.checkpoint, device),
+        )
+    del ours, theirs
+    with session.stage("spectrum"):
+        for layer in update.layers:
+            into.ask("layer", layer.subject, layer)
+            into.series += spectral.series(layer)
+        for vector in update.vectors:
+            into.ask("vector", vector.subject, vector)
+    with session.stage("aim"):
+        context = ProjectorContext(
+            update=update,
+            directions=(
+                *directions,
+                *text_directions(target.checkpoint, target.reading, texts, width),
+            ),
+            tokens=embedding_matrix(target.checkpoint, target.reading, width),
+        )
+    with session.stage("probes"):
+        into.ask("projector", subject, context)
+        into.series += (*probes.series(context), *alignment.series(context))
+
+
+def _check_rank(settings: Settings, projector: Projector) -> None:
+    side = min(min(layer.shape) for layer in projector.linears)
+    if settings.rank_given and settings.rank > side:
+        raise UsageError(
+            f"{settings.rank} is more than the {side} singular values of the smallest layer",
+            "option",
+            field="--rank",
+        )
+
+
+def _tensors_read(
+    side: Literal["target", "base"], subject: str, of: Side, stored: Mapping[str, Stored]
+) -> list[TensorRead]:
+    roles = {
+        name: f"{layer.role}.{leaf}"
+        for layer in of.projector.linears
+        for leaf, name in (("weight", layer.weight), ("bias", layer.bias))
+        if name
+    } | {name: role for role, name in of.projector.vectors.items()}
+    verified = getattr(of.source, "verified", {})
+    return [
+        TensorRead(
+            side=side,
+            projector=subject,
+            role=roles[name],
+            name=name,
+            file=item.info.file,
+            start=item.info.start,
+            stop=item.info.stop,
+            dtype=item.info.dtype,
+            shape=item.info.shape,
+            sha256=item.sha256,
+            file_sha256=of.source.files[item.info.file].sha256,
+            verified=verified.get(item.info.file, "local"),
+        )
+        for name, item in stored.items()
+    ]
+
+
+def _audited(subject: str, target: Side, base: Side) -> AuditedProjector:
+    partners = {layer.role: layer.weight for layer in base.projector.linears}
+    projector = target.projector
+    return AuditedProjector(
+        subject=subject,
+        family=projector.family,
+        reading=f"{target.reading.label}: {target.reading.why}",
+        layers=tuple(
+            Layer(layer.role, layer.weight, layer.shape, partners.get(layer.role), bool(layer.bias))
+            for layer in projector.linears
+        ),
+        chain=projector.chain,
+        in_features=projector.in_features,
+        out_features=projector.out_features,
+        base=base.name,
+    )
