@@ -87,14 +87,19 @@ def compare(
     """
     there = {canonical(n): t for n, t in base.readings[0].tensors.items() if n not in audited_base}
     here = {canonical(n): t for n, t in target.readings[0].tensors.items() if n not in audited}
-    size = sum(t.stop - t.start for t in here.values())
+    free = _at_hand(target.source, here) and _at_hand(base.source, there)
+    whole = _bytes(list(here.values())) <= FULL_COMPARE
     rng = random.Random(seed)  # noqa: S311 - which windows are read, no secret
     states = {
-        name: _tensor_state(target.source, base.source, info, there[name], size, rng)
+        name: _tensor_state(target.source, base.source, info, there[name], free, whole, rng)
         for name, info in here.items()
         if name in there
     }
     parts = [_part(part, here, states) for part in ("vision tower", "language model", "other")]
+    if not here and there:
+        how = "the target holds nothing but the projector"
+        parts = [Part("rest of the model", "not-looked-at", how, len(there), 0)]
+        there = {}
     projector = [t for n, t in target.readings[0].tensors.items() if n in audited]
     parts.insert(
         0,
@@ -108,6 +113,7 @@ def compare(
         files_unknown=tuple(unknown),
         files_added=tuple(sorted(set(target.source.files) - set(base.source.files))),
         files_removed=tuple(sorted(set(base.source.files) - set(target.source.files))),
+        config_compared=target.config is not None and base.config is not None,
         config_changes=tuple(_config_changes(target, base)),
         tensors_added=tuple(sorted(here[n].name for n in here.keys() - there.keys())),
         tensors_removed=tuple(sorted(there[n].name for n in there.keys() - here.keys())),
@@ -126,6 +132,10 @@ def _bytes(infos: Sequence[TensorInfo]) -> int:
     return sum(info.stop - info.start for info in infos)
 
 
+def _at_hand(source: Source, tensors: Mapping[str, TensorInfo]) -> bool:
+    return all(source.at_hand(path) for path in {info.file for info in tensors.values()})
+
+
 def _part_of(name: str) -> str:
     segments = name.split(".")
     if any(s in _VISION for s in segments[:3]):
@@ -140,7 +150,8 @@ def _tensor_state(
     base: Source,
     info: TensorInfo,
     other: TensorInfo,
-    total: int,
+    free: bool,
+    whole: bool,
     rng: random.Random,
 ) -> PartStatus:
     if (info.dtype, info.shape) != (other.dtype, other.shape):
@@ -149,10 +160,9 @@ def _tensor_state(
     same_place = info.start == other.start
     if digest is not None and digest == base.files[other.file].sha256 and same_place:
         return "equal"
-    if not (target.at_hand(info.file) and base.at_hand(other.file)):
+    if not free:
         return "not-looked-at"
     length = info.stop - info.start
-    whole = total <= FULL_COMPARE
     for start, stop in _windows(length, whole, rng):
         ours = target.read(info.file, info.start + start, info.start + stop)
         if ours != base.read(other.file, other.start + start, other.start + stop):

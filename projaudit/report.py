@@ -142,6 +142,8 @@ class Coverage:
     """Files of one size whose digests are not known on both sides."""
     files_added: tuple[str, ...] = ()
     files_removed: tuple[str, ...] = ()
+    config_compared: bool = False
+    """Whether both sides have a config.json."""
     config_changes: tuple[str, ...] = ()
     """`key: base value → target value`, for keys that change the projector's function."""
     tensors_added: tuple[str, ...] = ()

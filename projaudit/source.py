@@ -61,6 +61,11 @@ class RepoFile:
     oid: str | None = None
     """Git blob id, where the listing says it."""
 
+    @property
+    def content(self) -> str | None:
+        """What names the content, where the listing says it: SHA-256, else git blob id."""
+        return self.sha256 or self.oid
+
 
 @dataclass
 class Traffic:
@@ -212,7 +217,7 @@ def open_local(ref: Ref) -> LocalSource:
         raise FormatError("is neither a regular file nor a folder", "file", file=clean(ref.text))
     name = ref.path.name
     return LocalSource(
-        ref, ref.path.parent, {name: RepoFile(name, state.st_size)}, {name: _identity(state)}
+        ref, ref.path.parent, {name: RepoFile(name, state.st_size)}, {name: file_identity(state)}
     )
 
 
@@ -245,7 +250,7 @@ class LocalSource:
         # pread, not mmap: a mapped file that shrinks kills the process.
         descriptor = self._open(path)
         try:
-            return [_pread(descriptor, path, start, stop) for start, stop in spans]
+            return [pread(descriptor, path, start, stop) for start, stop in spans]
         except OSError as error:
             raise FormatError(_reason(error), "file", file=clean(path)) from None
         finally:
@@ -287,6 +292,26 @@ class LocalSource:
 def too_long(path: str, size: int, limit: int) -> LimitError:
     """The error that a file is larger than what is read of its kind."""
     return LimitError(f"{size} bytes, above the limit of {limit}", "file-size", file=clean(path))
+
+
+def pread(descriptor: int, path: str, start: int, stop: int) -> bytes:
+    """Exactly the bytes `start` to `stop` of an open file; raises FormatError where it ends."""
+    if not 0 <= start <= stop:
+        raise ValueError(f"no span: {start} to {stop}")
+    parts: list[bytes] = []
+    at = start
+    while at < stop:
+        part = os.pread(descriptor, min(stop - at, _LARGEST_READ), at)
+        if not part:
+            raise _truncated(path, at, stop)
+        parts.append(part)
+        at += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def file_identity(state: os.stat_result) -> tuple[int, ...]:
+    """What tells a file on disk from any other, and from itself after a change; its size first."""
+    return (state.st_size, state.st_dev, state.st_ino, state.st_mtime_ns)
 
 
 def _from_url(text: str) -> tuple[str, str | None]:
@@ -375,7 +400,7 @@ def _list_folder(ref: Ref) -> tuple[dict[str, RepoFile], dict[str, tuple[int, ..
                 continue
             if stat.S_ISREG(state.st_mode):
                 files[path] = RepoFile(path, state.st_size)
-                states[path] = _identity(state)
+                states[path] = file_identity(state)
             elif not stat.S_ISDIR(state.st_mode):
                 _refuse_if_needed(path, "is not a regular file")
     return dict(sorted(files.items())), states
@@ -387,32 +412,14 @@ def _refuse_if_needed(path: str, reason: str) -> None:
         raise FormatError(reason, "file", file=clean(path))
 
 
-def _identity(state: os.stat_result) -> tuple[int, ...]:
-    return (state.st_size, state.st_dev, state.st_ino, state.st_mtime_ns)
-
-
 def _problem(listed: tuple[int, ...], state: os.stat_result, path: str) -> ProjauditError | None:
     if not stat.S_ISREG(state.st_mode):
         return FormatError("is not a regular file", "file", file=clean(path))
     if state.st_size < listed[0]:
         return _truncated(path, state.st_size, listed[0])
-    if _identity(state) != listed:
+    if file_identity(state) != listed:
         return IntegrityError("changed while it was audited", "changed", file=clean(path))
     return None
-
-
-def _pread(descriptor: int, path: str, start: int, stop: int) -> bytes:
-    if not 0 <= start <= stop:
-        raise ValueError(f"no span: {start} to {stop}")
-    parts: list[bytes] = []
-    at = start
-    while at < stop:
-        part = os.pread(descriptor, min(stop - at, _LARGEST_READ), at)
-        if not part:
-            raise _truncated(path, at, stop)
-        parts.append(part)
-        at += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _truncated(path: str, size: int, wanted: int) -> FormatError:

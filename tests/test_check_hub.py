@@ -16,7 +16,6 @@ from huggingface_hub import close_session, constants
 from models import llava, save, tuned
 
 import projaudit
-from projaudit import hub as hub_module
 from projaudit.findings import Verdict
 
 BASE = llava(d=192, h=256, out=256)
@@ -34,7 +33,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_module, "_sleep", lambda seconds: None)
+    monkeypatch.setattr("projaudit.hub.link.sleep", lambda seconds: None)
     close_session()
     with FakeHub(tmp_path) as server:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)

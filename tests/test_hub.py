@@ -22,7 +22,6 @@ from huggingface_hub import HfApi, close_session, constants, get_session, hf_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projaudit import hub as under_test
 from projaudit.errors import (
     AuthError,
     FormatError,
@@ -31,7 +30,9 @@ from projaudit.errors import (
     OfflineError,
     ProjauditError,
 )
-from projaudit.hub import Limits, guarded_client, open_hub, plan_blocks
+from projaudit.hub import HubSource, Limits, guard, guarded_client, listing, open_hub
+from projaudit.hub.cache import Cache, cache_root, open_cache
+from projaudit.hub.ranges import plan_blocks
 from projaudit.source import Ref, parse_ref
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -72,7 +73,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What would have been slept, in seconds."""
     slept: list[float] = []
-    monkeypatch.setattr(under_test, "_sleep", slept.append)
+    monkeypatch.setattr("projaudit.hub.link.sleep", slept.append)
     return slept
 
 
@@ -81,7 +82,7 @@ def model(hub: FakeHub) -> str:
     return hub.add("org/model", {"config.json": b'{"a": 1}', SHARD: DATA, "README.md": b"hi"})
 
 
-def opened(hub: FakeHub, text: str = "org/model", **options: Any) -> under_test.HubSource:
+def opened(hub: FakeHub, text: str = "org/model", **options: Any) -> HubSource:
     return open_hub(parse_ref(f"hf://{text}"), endpoint=hub.url, **{"limits": QUICK, **options})
 
 
@@ -114,7 +115,6 @@ def test_source_reads_exactly_the_spans(hub: FakeHub, model: str) -> None:
     assert source.read_small("config.json", 100) == b'{"a": 1}'
     assert source.verified == {SHARD: "range", "config.json": "full"}
     assert not source.fallbacks
-    assert not source.renamed
     assert source.complete
 
 
@@ -173,7 +173,7 @@ def test_lineage_and_access_of_the_repository(hub: FakeHub) -> None:
     "value", [None, 7, "x", [], {}, {"models": [{"id": 3}, 4]}, {"relation": 5, "models": None}]
 )
 def test_lineage_of_odd_form_is_left_out(value: object) -> None:
-    assert under_test._lineage(value) == ()
+    assert listing._lineage(value) == ()
 
 
 def test_library_prints_nothing(
@@ -327,7 +327,7 @@ def test_any_spans_in_any_order(
 def test_transfer_is_resumed(hub: FakeHub, model: str, fault: dict[str, Any]) -> None:
     source = opened(hub)
     if "delay" in fault or "stall_after" in fault:
-        source._link.limits = IMPATIENT
+        source._transfer._link.limits = IMPATIENT
     hub.faults.append(on("cdn", times=2, **fault))
     assert source.read(SHARD, 0, 1_000_000) == DATA[:1_000_000]
     assert not source.fallbacks
@@ -355,7 +355,7 @@ def test_transfer_that_never_heals(
 ) -> None:
     source = opened(hub)
     if "stall_after" in fault:
-        source._link.limits = IMPATIENT
+        source._transfer._link.limits = IMPATIENT
     hub.faults.append(on("cdn", **fault))
     assert code_of(lambda: source.read(SHARD, 0, 1_000)) == code
     assert len(hub.requests("cdn")) == 5
@@ -365,7 +365,7 @@ def test_transfer_that_never_heals(
 def test_body_that_only_trickles(hub: FakeHub, model: str) -> None:
     slow = Limits(connect=2, read=0.4, grace=0.0, slowest=1 << 60)
     source = opened(hub)
-    source._link.limits = slow
+    source._transfer._link.limits = slow
     assert code_of(lambda: source.read(SHARD, 0, 1_000_000)) == "network.timeout"
 
 
@@ -594,17 +594,16 @@ def test_refusals_of_the_api(hub: FakeHub, model: str, fault: dict[str, Any], co
 def test_renamed_repository(hub: FakeHub, model: str) -> None:
     hub.rename("org/model", "new/home")
     source = opened(hub)
-    assert (source.requested, source.id, source.renamed) == ("org/model", "new/home", True)
+    assert (source.name, source.id) == ("org/model", "new/home")
     assert source.read_spans(SHARD, SPANS) == wanted()
     assert source.read_small("config.json", 100) == b'{"a": 1}'
     hub.log.clear()
     other = opened(hub, "new/home")
-    assert not other.renamed
+    assert other.name == other.id
 
 
 @pytest.mark.parametrize("token", ["with\nnewline", "with ümlaut"])
 def test_token_that_is_none(hub: FakeHub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(under_test, "get_token", lambda: token, raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     with pytest.raises(AuthError) as caught:
         opened(hub)
@@ -728,7 +727,7 @@ def test_listing_that_is_none(
     hub.faults.append(on("hub", match="/tree/", **fault))
     assert code_of(lambda: opened(hub)) == code
     hub.faults.clear()
-    monkeypatch.setattr(under_test, "MAX_FILES", 2)
+    monkeypatch.setattr(listing, "MAX_FILES", 2)
     assert code_of(lambda: opened(hub)) == "limit.files"
 
 
@@ -869,16 +868,16 @@ def test_redirects_are_counted(hub: FakeHub, model: str) -> None:
     hub.faults.append(on("hub", status=302, headers={"Location": "/again"}))
     assert code_of(lambda: opened(hub)) == "network.redirect"
     assert len(hub.log) == 6
-    with guarded_client(hub.url), pytest.raises(under_test._http().TooManyRedirects):
+    with guarded_client(hub.url), pytest.raises(guard.http().TooManyRedirects):
         get_session().get(f"{hub.url}/again")
     assert len(hub.log) == 12
 
 
 def request_to(url: str, endpoint: str) -> None:
-    http = under_test._http()
+    http = guard.http()
     request = http.Request("GET", url, headers={"authorization": "Bearer x"})
     with guarded_client(endpoint):
-        under_test._check_target(request)
+        guard._check_target(request)
     assert ("authorization" in request.headers) == url.startswith(endpoint)
 
 
@@ -895,14 +894,14 @@ def test_downgrade_and_loopback_are_refused(url: str) -> None:
 
 
 def test_redirect_from_https_to_http_is_refused() -> None:
-    http = under_test._http()
+    http = guard.http()
     client = http.Client(
         transport=http.MockTransport(
             lambda request: http.Response(302, headers={"location": "http://cdn.example/x"})
         ),
         follow_redirects=True,
     )
-    with under_test._guard(client, Limits()) as guarded, guarded_client("http://hub.example"):
+    with guard._guard(client, Limits()) as guarded, guarded_client("http://hub.example"):
         with pytest.raises(NetworkError, match="https"):
             guarded.get("https://storage.example/x", follow_redirects=True)
         with pytest.raises(http.TooManyRedirects):
@@ -925,14 +924,14 @@ def test_guard_is_put_back(hub: FakeHub, model: str) -> None:
             opened(hub).read(SHARD, 0, 5)
             client = get_session()
             assert client is made[-1]
-            assert client.max_redirects == under_test.MAX_REDIRECTS
+            assert client.max_redirects == guard.MAX_REDIRECTS
             # The client's own offline hook still stands before ours.
             constants.HF_HUB_OFFLINE = True
             with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
                 client.get(hub.url)
             constants.HF_HUB_OFFLINE = False
         assert internals._GLOBAL_CLIENT_FACTORY is factory
-        assert get_session().max_redirects != under_test.MAX_REDIRECTS
+        assert get_session().max_redirects != guard.MAX_REDIRECTS
         # What a factory hands out for ever is not guarded for ever.
         request = client.build_request("GET", "http://x", headers={"authorization": "Bearer x"})
         client.event_hooks["request"][-1](request)
@@ -949,7 +948,7 @@ def test_guard_makes_every_timeout_finite(hub: FakeHub, model: str) -> None:
     began = time.monotonic()
     with (
         guarded_client(hub.url, limits=Limits(connect=1, read=0.2)),
-        pytest.raises(under_test._http().TimeoutException),
+        pytest.raises(guard.http().TimeoutException),
     ):
         HfApi(endpoint=hub.url).model_info("org/model")
     assert time.monotonic() - began < 5
@@ -992,7 +991,7 @@ def test_cached_shard_is_hashed_once(
     path = hf_hub_download("org/model", SHARD, endpoint=hub.url)
     opened(hub).read(SHARD, 0, 10)
     again = opened(hub)
-    monkeypatch.setattr(again, "_hash_pieces", None)
+    monkeypatch.setattr(again._copies, "_pieces", None)
     assert again.read(SHARD, 0, 10) == DATA[:10]
     # Control: a file that was touched is hashed again.
     os.utime(path)
@@ -1067,7 +1066,7 @@ def test_cache_that_cannot_be_written(
     source = opened(hub, verify=verify)
     assert source.read_spans(SHARD, SPANS) == wanted()
     assert source.read_small("config.json", 10) == b'{"a": 1}'
-    scratch = source._scratch
+    scratch = source._copies.scratch
     assert (scratch is not None) == (verify == "full")
     del source
     assert scratch is None or not scratch.exists()
@@ -1104,7 +1103,7 @@ def test_mirror_cannot_fill_the_cache_of_another(
     hub.log.clear()
     assert opened(hub).read(SHARD, 5_000, 6_000) == DATA[5_000:6_000]
     assert hub.wire("cdn") == 0
-    own = under_test._open_cache("https://huggingface.co")
+    own = open_cache("https://huggingface.co")
     assert own.ranges == "ranges"
     assert own.root == tmp_path / "xdg/projaudit"
 
@@ -1112,13 +1111,13 @@ def test_mirror_cannot_fill_the_cache_of_another(
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert under_test.cache_root() == tmp_path / ".cache/projaudit"
+    assert cache_root() == tmp_path / ".cache/projaudit"
 
     def homeless() -> Path:
         raise RuntimeError
 
     monkeypatch.setattr(Path, "home", homeless)
-    cache = under_test._Cache(under_test.cache_root())
+    cache = Cache(cache_root())
     cache.keep("a" * 64, (0, 1), b"x")
     assert cache.spans("a" * 64) == []
 
@@ -1259,7 +1258,7 @@ def test_full_verification(hub: FakeHub, model: str, tmp_path: Path) -> None:
 def test_full_verification_finds_other_bytes(
     hub: FakeHub, model: str, tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(under_test, "BLOCK", 1 << 20)
+    monkeypatch.setattr("projaudit.hub.source.BLOCK", 1 << 20)
     hub.faults.append(on("cdn", garble=True, ignore_range=not ranges))
     source = opened(hub, verify="full")
     assert code_of(lambda: source.read_spans(SHARD, SPANS)) == "integrity.sha256"

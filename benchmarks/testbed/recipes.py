@@ -49,9 +49,10 @@ class BaseRecipe:
     vision_batch: int = 64
     vision_lr: float = 1e-3
     joint_vision_lr: float = 3e-4
-    reading_steps: int = 600
-    reading_lr: float = 3e-3
-    rounds: tuple[Round, ...] = (Round(), Round(kinds=FINDING))
+    language_steps: int = 1000
+    language_lr: float = 3e-3
+    language_kinds: tuple[str, ...] = FINDING
+    rounds: tuple[Round, ...] = (Round(steps=1200),)
     batch: int = 36
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
     sentence: float = 0.2  # share of questions that ask for a whole sentence
@@ -155,7 +156,7 @@ QUICK = Plan(
         seed=7,
         vision_steps=4,
         vision_batch=8,
-        reading_steps=4,
+        language_steps=4,
         rounds=(Round(steps=4), Round(steps=4)),
         batch=8,
     ),

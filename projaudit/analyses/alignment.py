@@ -28,7 +28,7 @@ DIRECTIONS = SUBSPACE_RANK
 TOKEN_DIRECTIONS = 2
 """The same for the vocabulary; every one more costs as much again."""
 
-TOKEN_FLOPS = 1e11
+TOKEN_FLOPS = 1.5e11
 """Multiplications and additions over the vocabulary; they decide the number of sign flips."""
 
 FLIPS = (39, 199)

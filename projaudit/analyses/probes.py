@@ -1,8 +1,9 @@
 """What the update does to outputs: base and tuned projector on the same synthetic inputs.
 
 Every probe stands beside random updates of the same base (`nulls`), so that its z-score needs no
-calibration. Inputs are synthetic: what a projector does on a real model's features, or to a
-trigger that lies in none of these directions, is not seen here.
+calibration. Any training is far from random: an honest fine-tune has high scores, too.
+Inputs are synthetic: what a projector does on a real model's features, or to a trigger that lies in
+none of these directions, is not seen here.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def custom_code(facts: Facts) -> Value:
 @measures("checkpoint", kind="structure", unit="keys")
 def config_changes(facts: Facts) -> Value:
     """Number of config keys that change what the projector computes or is fed."""
-    if facts.checkpoint.config is None:
-        raise Skip("no config.json beside the weights")
+    if not facts.coverage.config_compared:
+        raise Skip("there is no config.json on both sides")
     changes = facts.coverage.config_changes
     return Value(float(len(changes)), changes)
 

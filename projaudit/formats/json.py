@@ -239,6 +239,7 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
         "files_unknown": sorted(coverage.files_unknown),
         "files_added": sorted(coverage.files_added),
         "files_removed": sorted(coverage.files_removed),
+        "config_compared": coverage.config_compared,
         "config_changes": sorted(coverage.config_changes),
         "tensors_added": sorted(coverage.tensors_added),
         "tensors_removed": sorted(coverage.tensors_removed),

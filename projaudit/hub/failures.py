@@ -98,6 +98,8 @@ def busy(response: Any, about: str, *, patience: float, signed_in: bool) -> Retr
 def broken_transport(error: Exception, host: str, about: str) -> Exception:
     """What a failure below HTTP means; its own text may hold headers, so it is not shown."""
     library = http()
+    if isinstance(error, library.TimeoutException):
+        return Retry(NetworkError(f"no answer from {host} in time", "timeout", file=about))
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and len(causes) < 8:
@@ -114,8 +116,6 @@ def broken_transport(error: Exception, host: str, about: str) -> Exception:
         return NetworkError(
             f"cannot find the server {host}", "dns", file=about, remedy="check the network"
         )
-    if isinstance(error, library.TimeoutException):
-        return Retry(NetworkError(f"no answer from {host} in time", "timeout", file=about))
     if isinstance(error, library.ConnectError):
         return Retry(NetworkError(f"cannot connect to {host}", "connection", file=about))
     if isinstance(error, library.NetworkError | library.RemoteProtocolError):
@@ -140,9 +140,7 @@ def nonsense(about: str, what: str) -> NetworkError:
     )
 
 
-def not_cached(
-    about: str, message: str = "not in a cache, and offline mode is on"
-) -> OfflineError:
+def not_cached(about: str, message: str = "not in a cache, and offline mode is on") -> OfflineError:
     """The error that something would have to be fetched in offline mode."""
     return OfflineError(
         message,

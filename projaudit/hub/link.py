@@ -101,10 +101,8 @@ class Link:
 
     def body(self, response: Any, about: str) -> Iterator[bytes]:
         """The pieces of an answer's body, counted; raises Retry where it only trickles."""
-        encoded = response.headers.get("content-encoding", "identity") != "identity"
-        began = monotonic()
-        counted = 0
-        for chunk in response.iter_bytes() if encoded else response.iter_raw():
+        began, counted = monotonic(), 0
+        for chunk in response.iter_bytes():
             self.traffic.bytes += response.num_bytes_downloaded - counted
             counted = response.num_bytes_downloaded
             yield chunk
