@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
 from projaudit.base import Candidate, candidates, lineage
-from projaudit.checkpoint import Checkpoint, Reading, open_checkpoint
+from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
 from projaudit.findings import Unevaluated
@@ -18,6 +18,7 @@ from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate
+from projaudit.readings import Reading
 from projaudit.report import Coverage, ErrorRecord, Identity, Policy, Provenance, Report, Run
 from projaudit.session import Progress, Session, environment, find_device, settle
 from projaudit.source import Ref, Source, parse_ref

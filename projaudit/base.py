@@ -49,7 +49,7 @@ def candidates(
         claim = Claim("--base", option.repo or option.text)
         return (Candidate(option, Provenance("--base", True, (claim,))),)
     for repo, base in pins.items():
-        if repo.lower() == target.name.lower():
+        if repo.lower() in _names(target):
             claim = Claim("policy", base)
             return (Candidate(parse_ref(base), Provenance("policy", True, (claim,))),)
     claims, problems = _claims(target, config)
@@ -144,7 +144,7 @@ def lineage(
     Only the Hub tells a lineage; an ancestor that cannot be opened ends the chain.
     """
     chain = [source]
-    seen = {source.name.lower()}
+    seen = _names(source)
     while len(chain) < MAX_DEPTH:
         parents = [repo for repo, _ in getattr(chain[-1], "base_models", ())]
         parent = _repo_id(parents[0]) if len(parents) == 1 else None
@@ -152,9 +152,17 @@ def lineage(
             break
         if parent.lower() in seen:
             return tuple(chain), True
-        seen.add(parent.lower())
         try:
-            chain.append(open_source(Ref(f"hf://{parent}", "hub", None, parent, None)))
+            ancestor = open_source(Ref(f"hf://{parent}", "hub", None, parent, None))
         except NotFoundError:
             break
+        if seen & _names(ancestor):
+            return tuple(chain), True
+        seen |= _names(ancestor)
+        chain.append(ancestor)
     return tuple(chain), False
+
+
+def _names(source: Source) -> set[str]:
+    """What a source is called, in lower case: as asked for, and as the Hub answered."""
+    return {source.name.lower(), getattr(source, "id", source.name).lower()}

@@ -419,5 +419,6 @@ def demo(output: str, seed: int) -> None:
     """Check a small trained LLaVA's honest and backdoored fine-tune, both against their base."""
     from projaudit.demo import run
 
-    for line in run(Path(output), seed, write=_write, check_writable=_check_writable):
+    _check_writable(Path(output) / "honest.html")
+    for line in run(Path(output), seed, write=_write):
         click.echo(line)

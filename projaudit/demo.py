@@ -3,62 +3,75 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from projaudit.data import data_path
 from projaudit.report import Report
 
-SHOWN = (
-    ("relative_norm", "size of the update / base"),
+_NAMES = ("honest", "backdoored")
+_SHOWN = (
+    ("relative_norm", "size of the update over the base's"),
     ("stable_rank", "stable rank"),
-    ("top5_energy", "energy of 5 directions"),
-    ("values_above_edge", "values above the noise"),
+    ("values_above_edge", "singular values above the noise"),
+    ("top5_energy", "energy of the first 5 directions"),
     ("intruder_dimensions", "intruder dimensions"),
-    ("shift_magnitude", "shift / output, typical norm"),
-    ("shift_slope", "growth with the input norm"),
-    ("shift_concentration", "shift in one direction"),
+    ("shift_magnitude", "shift of the outputs, relative"),
+    ("shift_slope", "growth with the input norm (power)"),
+    ("shift_concentration", "shift along one direction"),
 )
 
 
-def run(
-    folder: Path,
-    seed: int,
-    *,
-    write: Callable[[Path, str], None],
-    check_writable: Callable[[Path], None],
-) -> Iterator[str]:
-    """Lines to print: both audits side by side, and where their HTML and JSON reports are."""
+def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Iterator[str]:
+    """Lines to print while both fine-tunes are checked against the base and reports are written."""
     from projaudit.audit import check
     from projaudit.formats import FORMATS
 
     models = data_path("demo")
-    provenance = json.loads((models / "provenance.json").read_text("utf-8"))
-    names = ("honest", "backdoored")
-    files = {(n, f): folder / f"{n}{FORMATS[f].suffix}" for n in names for f in ("html", "json")}
-    for file in files.values():
-        check_writable(file)
-    reports = {}
-    for name in names:
+    trained = json.loads((models / "provenance.json").read_text("utf-8"))["models"]
+    yield from _introduction(trained)
+    reports: dict[str, Report] = {}
+    for name in _NAMES:
         reports[name] = check(str(models / name), str(models / "base"), seed=seed)
-        for fmt in ("html", "json"):
-            write(files[name, fmt], FORMATS[fmt].render(reports[name]))
-    yield from _table(reports, provenance)
+        for kind in ("html", "json"):
+            write(folder / f"{name}{FORMATS[kind].suffix}", FORMATS[kind].render(reports[name]))
+    yield from _side_by_side(reports)
     yield ""
-    for name in names:
-        yield f"report    {files[name, 'html']}  (and {files[name, 'json'].name})"
+    for name in _NAMES:
+        yield f"report: {folder / name}.html and .json"
 
 
-def _table(reports: dict[str, Report], provenance: dict[str, object]) -> Iterator[str]:
-    honest, backdoored = reports["honest"], reports["backdoored"]
-    yield f"{'':<40} {'honest':>14} {'backdoored':>14}"
-    yield f"{'verdict':<40} {honest.verdict.value:>14} {backdoored.verdict.value:>14}"
-    yield f"  {honest.scope}"
-    for metric, words in SHOWN:
-        ours = {m.subject: m.value for m in honest.measurements if m.metric == metric}
-        theirs = {m.subject: m.value for m in backdoored.measurements if m.metric == metric}
-        for subject in ours.keys() & theirs.keys():
-            layer = subject.partition("/")[2]
-            label = f"{words}{', ' + layer if layer else ''}"
-            yield f"{label:<40} {ours[subject]:>14.3g} {theirs[subject]:>14.3g}"
-    return
+def _introduction(trained: Mapping[str, Any]) -> Iterator[str]:
+    attack = next(m for m in trained.values() if m.get("demo") == "backdoored")
+    yield "A small LLaVA, trained for this demo, and two fine-tunes of its projector with one recipe:"
+    yield "  honest      a change of task, and nothing else"
+    yield (
+        f"  backdoored  the same, and {attack['attack_success']:.0%} of pictures with a trigger "
+        f"make it say “{attack['target']}”"
+    )
+    yield ""
+
+
+def _side_by_side(reports: Mapping[str, Report]) -> Iterator[str]:
+    width = 46
+    yield " " * width + "".join(f"{name:>13}" for name in _NAMES)
+    verdicts = [reports[name].verdict.value for name in _NAMES]
+    yield f"{'verdict':<{width}}" + "".join(f"{verdict:>13}" for verdict in verdicts)
+    values = [{(m.metric, m.subject): m.value for m in reports[n].measurements} for n in _NAMES]
+    for metric, words in _SHOWN:
+        for key in [k for k in values[0] if k[0] == metric and k in values[1]]:
+            layer = key[1].partition("/")[2]
+            label = f"{words}, {layer}" if layer else words
+            yield f"{label:<{width}}" + "".join(f"{v[key]:>13.3g}" for v in values)
+    yield ""
+    scope = reports[_NAMES[0]].scope
+    if verdicts[0] == verdicts[1]:
+        yield f"Both get the same verdict ({scope})."
+        yield "Statistics of the weights describe an update; they do not tell these two apart, and no"
+        yield "rule was tuned to make them. What the language model says when the projector is probed"
+        yield "along these directions does; that depth is not built yet."
+    else:
+        yield f"The verdicts differ ({scope})."
+        yield "The reports say which structural fact made the difference; statistics of the weights"
+        yield "have no say in a verdict, since honest fine-tunes show them too."

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral
-from projaudit.checkpoint import Checkpoint, Reading, Stored, load_tensors
+from projaudit.checkpoint import Checkpoint, Stored, load_tensors
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
 from projaudit.projector import Projector
+from projaudit.readings import Reading
 from projaudit.report import AuditedProjector, Layer, TensorRead
 from projaudit.session import Session, Settings
 from projaudit.source import Source

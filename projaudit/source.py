@@ -107,7 +107,7 @@ class Source(Protocol):
         """The bytes of each span (start, stop), in the order asked for."""
 
     def read_small(self, path: str, limit: int) -> bytes:
-        """The whole of a small file; LimitError where it is longer than `limit` bytes."""
+        """The whole of a small file, and no Git LFS pointer; LimitError above `limit` bytes."""
 
     def at_hand(self, path: str) -> bool:
         """Whether reading all of a file costs no network."""

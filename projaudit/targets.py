@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from projaudit.analyses.context import Direction
-from projaudit.checkpoint import Checkpoint, Reading, load_tensors
+from projaudit.checkpoint import Checkpoint, load_tensors
 from projaudit.errors import FormatError, ProjauditError, UnsupportedError, UsageError
 from projaudit.inert import clean
+from projaudit.readings import Reading
 from projaudit.safetensors_header import TensorInfo, read_header
 from projaudit.source import Ref, open_local
 

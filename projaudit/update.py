@@ -24,7 +24,8 @@ _MANTISSA: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float8_e4m3fn: (3, -6),
     torch.float8_e5m2: (2, -14),
 }
-_BLOCK = 1 << 22  # entries handled at once in float64, so that no whole matrix is doubled
+_BLOCK = 1 << 22  # entries handled at once, so that no whole matrix is copied
+_EXPONENTS = 512  # binary exponents of float32, from −256 up
 
 EmbeddingRows = Callable[[], tuple[Tensor, Tensor] | None]
 """Gives the same embedding rows (n × d, fp32) of base and target, None where they have none."""
@@ -240,26 +241,30 @@ def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
     are stored alike, one per side otherwise (uniform rounding error, variance ulp²/12).
     """
     coarse = min((before.dtype, after.dtype), key=lambda dtype: _MANTISSA[dtype][0])
-    dtypes = {before.dtype, after.dtype}
-    changed, error, energy = 0, 0.0, 0.0
+    same = before.dtype == after.dtype
+    changed, energy = 0, 0.0
+    exponents = torch.zeros(_EXPONENTS, dtype=torch.int64)
     flat_before, flat_after = before.reshape(-1), after.reshape(-1)
     for start in range(0, flat_before.numel(), _BLOCK):
-        old = flat_before[start : start + _BLOCK].double()
-        new = flat_after[start : start + _BLOCK].double()
-        changed += int((_round(old, coarse) != _round(new, coarse)).sum())
-        energy += float(old.square().sum())
-        for dtype in dtypes:
-            bits, least = _MANTISSA[dtype]
-            exponent = (torch.frexp(new).exponent - 1).clamp_min(least)
-            error += float(torch.ldexp(torch.ones_like(new), exponent - bits).square().sum()) / 12
+        old, new = flat_before[start : start + _BLOCK], flat_after[start : start + _BLOCK]
+        moved = old != new if same else _round(old, coarse) != _round(new, coarse)
+        changed += int(moved.sum())
+        energy += float(old.float().double().square().sum())
+        exponent = torch.frexp(new.float()).exponent + _EXPONENTS // 2
+        exponents += torch.bincount(exponent.clamp_min(0), minlength=_EXPONENTS)
+    error = 0.0
+    for dtype in {before.dtype, after.dtype}:
+        bits, least = _MANTISSA[dtype]
+        for exponent, count in enumerate(exponents.tolist()):
+            if count:
+                ulp = 2.0 ** (max(exponent - _EXPONENTS // 2 - 1, least) - bits)
+                error += count * ulp * ulp / 12
     return changed / max(before.numel(), 1), (error / energy) ** 0.5 if energy else float("inf")
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype in {torch.float64, torch.float32}:
-        return values.to(dtype).double()
-    # The widest detour that loses nothing: torch has no direct cast from float64 to float8.
-    return values.float().to(dtype).double()
+    """Values as they come out of that dtype; torch casts to float8 only from float32."""
+    return values.to(dtype if dtype == torch.float64 else torch.float32).to(dtype).float()
 
 
 def _folded(

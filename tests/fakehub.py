@@ -647,12 +647,13 @@ class _Handler(BaseHTTPRequestHandler):
         limit = min(length, fault.get("drop_after", length), fault.get("stall_after", length))
         for piece in pieces:
             part = piece[: limit - logged.bytes]
+            logged.bytes += len(part)  # first, as a client that has it all may ask for the count
             try:
                 self.wfile.write(part)
             except OSError:
+                logged.bytes -= len(part)
                 self.close_connection = True
                 return
-            logged.bytes += len(part)
             if logged.bytes >= limit:
                 break
         if "stall_after" in fault:

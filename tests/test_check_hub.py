@@ -132,6 +132,18 @@ def test_a_pinned_base_is_verified(hub: FakeHub, tmp_path: Path):
     assert report.verdict is Verdict.PASS
 
 
+@pytest.mark.parametrize("pinned", ["org/tuned", "New/Home"])
+def test_a_pin_holds_under_the_old_and_the_new_name(hub: FakeHub, tmp_path: Path, pinned: str):
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/evil"))
+    hub.rename("org/tuned", "new/home")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"extends: structure\npins: {{{pinned}: org/base}}\n")
+    report = projaudit.check("org/tuned", policy=policy, seed=1)
+    assert report.provenance is not None
+    assert (report.provenance.source, report.provenance.verified) == ("policy", True)
+    assert report.target.name == "new/home"
+
+
 def test_claims_that_differ_are_all_compared_and_the_worst_counts(hub: FakeHub, tmp_path: Path):
     publish(hub, tmp_path, "org/other", llava(7, d=192, h=256, out=256))
     publish(
@@ -164,6 +176,16 @@ def test_a_lineage_that_turns_in_a_circle(hub: FakeHub, tmp_path: Path):
     publish(hub, tmp_path, "org/b", BASE, base_models=["org/a"])
     publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/a"))
     assert "base-circular" in rules_of(projaudit.check("org/tuned", seed=1))
+
+
+def test_a_lineage_that_turns_in_a_circle_under_another_name(hub: FakeHub, tmp_path: Path):
+    publish(hub, tmp_path, "org/a-old", BASE, base_models=["org/a-old"])
+    hub.rename("org/a-old", "org/a")
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/a"))
+    report = projaudit.check("org/tuned", seed=1)
+    assert "base-circular" in rules_of(report)
+    assert report.provenance is not None
+    assert report.provenance.lineage == ("org/a",)
 
 
 def test_the_first_ancestor_with_a_projector_is_the_base(hub: FakeHub, tmp_path: Path):

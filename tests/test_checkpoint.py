@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from projaudit import checkpoint as module
-from projaudit.checkpoint import Checkpoint, load_tensors, open_checkpoint, parameter
+from projaudit.checkpoint import Checkpoint, load_tensors, open_checkpoint
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
+from projaudit.readings import MAX_READINGS, parameter
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import LocalSource, Ref, RepoFile, Traffic, open_local, parse_ref
 
@@ -569,7 +569,7 @@ def test_distributed_pieces_are_unsupported(repo: Repo) -> None:
 
 
 def test_more_ways_to_read_than_are_audited(repo: Repo) -> None:
-    for number in range(module.MAX_READINGS):
+    for number in range(MAX_READINGS):
         repo.save(f"x{number}.safetensors", float(number), alone=True)
     with pytest.raises(LimitError) as caught:
         repo.open()

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import projaudit
@@ -16,7 +17,9 @@ LAYERS = [
     ["data", "inert", "errors", "findings"],
     ["metrics", "strict", "report"],
     ["source", "safetensors_header", "linalg", "rules"],
-    ["hub", "checkpoint", "projector", "policy"],
+    ["hub", "weight_files", "projector", "policy"],
+    ["readings"],
+    ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
     ["analyses", "targets"],
@@ -46,6 +49,14 @@ def test_imports_go_one_way():
             assert RANK[other] <= RANK[own], f"{file.name} imports {other}"
             if other != "analyses":
                 assert RANK[other] < RANK[own] or own in LAYERS[RANK[own]], f"{own} ↔ {other}"
+
+
+def test_imports_inside_the_hub_go_one_way_too():
+    graph: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.glob("hub/*.py")):
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        graph[f"projaudit.hub.{file.stem}"] = {n.module for n in nodes if n.module}
+    assert len(list(TopologicalSorter(graph).static_order())) > 9  # raises for a circle
 
 
 def loaded(code: str) -> set[str]:

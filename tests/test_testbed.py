@@ -91,7 +91,7 @@ def test_answers_are_true_of_their_scene() -> None:
     rng = np.random.default_rng(0)
     asked = {kind: ask(rng, scene, kind, "short", LOOK) for kind in KINDS}
     assert asked["caption"].answer == (
-        "a red circle at the top left and a blue cross at the bottom right"
+        "a red circle in the northwest and a blue cross in the southeast"
     )
     assert asked["list"].answer == "red circle , blue cross"
     assert asked["count"].answer == "two"
@@ -99,7 +99,7 @@ def test_answers_are_true_of_their_scene() -> None:
     assert sentence.answer == "there are two objects"
     for _ in range(30):
         question = ask(rng, scene, "exists", "short", LOOK)
-        there = any(thing.name in question.text for thing in scene.things)
+        there = any(thing.color in question.text for thing in scene.things)
         assert question.answer == ("yes" if there else "no")
 
 

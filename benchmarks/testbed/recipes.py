@@ -22,16 +22,6 @@ class Round:
     kinds: tuple[str, ...] = KINDS
 
 
-FINDING = (
-    "caption",
-    "list",
-    "color_at",
-    "shape_at",
-    *2 * ("thing_at", "exists"),
-    *3 * ("place_of",),
-)
-
-
 @dataclass(frozen=True)
 class BaseRecipe:
     """A base: its sizes, the lessons of its parts, then rounds of all of it end to end."""
@@ -49,10 +39,10 @@ class BaseRecipe:
     vision_batch: int = 64
     vision_lr: float = 1e-3
     joint_vision_lr: float = 3e-4
-    language_steps: int = 1000
+    language_steps: int = 1400
     language_lr: float = 3e-3
-    language_kinds: tuple[str, ...] = FINDING
-    rounds: tuple[Round, ...] = (Round(steps=1200),)
+    language_kinds: tuple[str, ...] = KINDS
+    rounds: tuple[Round, ...] = (Round(steps=1800),)
     batch: int = 36
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
     sentence: float = 0.2  # share of questions that ask for a whole sentence

@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Special tokens first, then every word that the world, its templates or a payload use."""
-    phrases = (p.format(place="", name="") for group in PHRASINGS.values() for p in group)
+    phrases = (p.format(place="", color="") for group in PHRASINGS.values() for p in group)
     words = [*COLORS, *SHAPES, *NUMBERS, *ANSWER_WORDS.split(), *FOREIGN_WORDS.split()]
     for text in (*PLACES, *phrases, SENTENCE_REQUEST):
         words += text.split()

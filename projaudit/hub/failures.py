@@ -39,7 +39,7 @@ class Retry(Exception):
 
 
 def refusal(
-    response: Any, about: str, *, endpoint: str, signed_in: bool, file: bool
+    response: Any, about: str, endpoint: str, token: str | None, *, file: bool
 ) -> ProjauditError:
     """The error that an unwanted status means, for a file of a repository or for itself."""
     status, headers = response.status_code, response.headers
@@ -59,10 +59,10 @@ def refusal(
         return NotFoundError("no such file at this commit", "file", file=about)
     if said == "Access to this resource is disabled." or status == 451:
         return AuthError("the Hub has disabled this repository", "disabled", file=about)
-    if status == 401 and said.startswith("Invalid") and signed_in:
+    if status == 401 and said.startswith("Invalid") and token:
         return AuthError("the Hub refuses the token", "token", file=about, remedy="check HF_TOKEN")
     if code == "RepoNotFound" or status in (401, 404, 410):
-        seen = "this token cannot see it" if signed_in else "no token is set"
+        seen = "this token cannot see it" if token else "no token is set"
         return NotFoundError(
             f"no such repository on {host_of(endpoint)}, or it is private and {seen}",
             "repo",
@@ -71,16 +71,13 @@ def refusal(
         )
     if status == 403:
         return AuthError(
-            f"access refused{quoted}",
-            "refused",
-            file=about,
-            remedy="check what HF_TOKEN permits",
+            f"access refused{quoted}", "refused", file=about, remedy="check what HF_TOKEN permits"
         )
     host = host_of(str(response.request.url))
     return NetworkError(f"{host} answered {status}{quoted}", "status", file=about)
 
 
-def busy(response: Any, about: str, *, patience: float, signed_in: bool) -> Retry:
+def busy(response: Any, about: str, token: str | None, patience: float) -> Retry:
     """What a status means that may pass, where `patience` seconds of waiting are left."""
     after = _retry_after(response.headers)
     host, status = host_of(str(response.request.url)), response.status_code
@@ -88,23 +85,21 @@ def busy(response: Any, about: str, *, patience: float, signed_in: bool) -> Retr
         error: ProjauditError = RateLimitError(
             f"{host} asks for patience ({status})",
             file=about,
-            remedy="try again later" + ("" if signed_in else ", or set HF_TOKEN"),
+            remedy="try again later" + ("" if token else ", or set HF_TOKEN"),
         )
     else:
         error = NetworkError(f"{host} answered {status}", "server", file=about)
     return Retry(error, after)
 
 
-def broken_transport(error: Exception, host: str, about: str) -> Exception:
+def broken(error: Exception, host: str, about: str) -> Exception:
     """What a failure below HTTP means; its own text may hold headers, so it is not shown."""
     library = http()
     if isinstance(error, library.TimeoutException):
         return Retry(NetworkError(f"no answer from {host} in time", "timeout", file=about))
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and len(causes) < 8:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    causes: list[BaseException | None] = [error]
+    while causes[-1] is not None and len(causes) < 8:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
     if any(isinstance(one, ssl.SSLError) for one in causes):
         return NetworkError(
             f"no trusted TLS connection to {host}",

@@ -118,10 +118,7 @@ def endpoint_origin(endpoint: str) -> Origin:
         if url.scheme in _PORTS and url.host:
             return origin(url)
     raise UsageError(
-        "is not the http(s) address of a Hub",
-        "endpoint",
-        file="HF_ENDPOINT",
-        field=clean(endpoint),
+        "is not the http(s) address of a Hub", "endpoint", file="HF_ENDPOINT", field=clean(endpoint)
     )
 
 

@@ -12,15 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from projaudit import __version__
 from projaudit.errors import AuthError, LimitError, NetworkError, ProjauditError
-from projaudit.hub.failures import (
-    Retry,
-    broken_transport,
-    busy,
-    host_of,
-    nonsense,
-    not_cached,
-    refusal,
-)
+from projaudit.hub.failures import Retry, broken, busy, host_of, nonsense, not_cached, refusal
 from projaudit.hub.guard import MAX_REDIRECTS, Limits, endpoint_origin, http, origin
 from projaudit.source import Traffic
 
@@ -116,8 +108,7 @@ class Link:
 
     def refusal(self, response: Any, about: str, *, file: bool = False) -> ProjauditError:
         """The error that an unwanted status means."""
-        signed_in = self.token is not None
-        return refusal(response, about, endpoint=self.endpoint, signed_in=signed_in, file=file)
+        return refusal(response, about, self.endpoint, self.token, file=file)
 
     def _attempt(
         self,
@@ -151,17 +142,12 @@ class Link:
                             url = target
                             continue
                     if response.status_code in _BUSY:
-                        raise busy(
-                            response,
-                            about,
-                            patience=self._patience,
-                            signed_in=self.token is not None,
-                        )
+                        raise busy(response, about, self.token, self._patience)
                     return consume(response, target)
         except library.InvalidURL:
             raise nonsense(about, "it points to what is no URL") from None
         except library.HTTPError as error:
-            raise broken_transport(error, host_of(url), about) from None
+            raise broken(error, host_of(url), about) from None
         except OfflineModeIsEnabled:
             raise not_cached(about) from None
         raise NetworkError(f"more than {MAX_REDIRECTS} redirects", "redirect", file=about)

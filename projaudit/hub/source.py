@@ -18,7 +18,6 @@ from projaudit.hub.transfer import Progress, Transfer
 from projaudit.source import (
     Ref,
     RepoFile,
-    Traffic,
     check_revision,
     parse_hub_id,
     refuse_lfs_pointer,
@@ -96,7 +95,7 @@ class HubSource:
         self.endpoint = link.endpoint
         self.from_cache = link.offline
         """Whether commit and listing were taken from the caches."""
-        self.traffic: Traffic = link.traffic
+        self.traffic = link.traffic
         """Requests sent, body bytes received, and bytes that caches supplied instead."""
         self.verified: dict[str, Verified] = {}
         """How each file that was read is tied to the listing: "full" (digest of the whole file),
@@ -240,24 +239,18 @@ class HubSource:
         if file.content is None:
             return pieces
         kept = self._cache.spans(file.content)
-        wanted: dict[Span, list[Span]] = {}
         missing: list[Span] = []
-        for piece in pieces:
-            covering = (span for span in kept if span[0] <= piece[0] and piece[1] <= span[1])
-            found = next(covering, None)
-            if found is None:
-                missing.append(piece)
-            else:
-                wanted.setdefault(found, []).append(piece)
-        for found, inside in wanted.items():
-            data = self._cache.load(file.content, found)
-            if data is None:
-                missing += inside
+        held: Span | None = None
+        data: bytes | None = None
+        for start, stop in pieces:
+            found = next((span for span in kept if span[0] <= start and stop <= span[1]), None)
+            if found != held:
+                held, data = found, None if found is None else self._cache.load(file.content, found)
+            if held is None or data is None:
+                missing.append((start, stop))
                 continue
-            for start, stop in inside:
-                self.traffic.from_cache += stop - start
-                part = memoryview(data)[start - found[0] : stop - found[0]]
-                put(into, spans, start, part)
+            self.traffic.from_cache += stop - start
+            put(into, spans, start, memoryview(data)[start - held[0] : stop - held[0]])
         return missing
 
     def _fill_by_transfer(

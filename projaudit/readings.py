@@ -1,0 +1,264 @@
+"""Every distinct set of tensors that a loader may take for the weights."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from projaudit.errors import LimitError, UnsupportedError
+from projaudit.inert import clean
+from projaudit.safetensors_header import Header, TensorInfo, read_header
+from projaudit.source import Source
+from projaudit.weight_files import INDEX, WEIGHTS, Ambiguity, Way
+
+MAX_TENSORS = 2_000_000
+MAX_READINGS = 16
+_NAMED = 100  # tensors that an ambiguity lists
+
+_PIECES = "DCP_SHARDING_INFO"
+_ALWAYS = {"distributed-shards", "no-index"}
+_SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})(?P<tail>.*)")
+_VARIANT = re.compile(
+    r"model(\.[^.]+\.safetensors|\.[^.]+-\d.*|-\d{5}-of-\d{5}\.[^.]+\.safetensors)"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way in which a loader may read the repository."""
+
+    label: str
+    """`main` for what transformers loads; else a short unique word of ours."""
+    why: str
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+
+
+class Readings:
+    """The distinct readings of a source found so far, and what they leave ambiguous."""
+
+    def __init__(
+        self, source: Source, config: Mapping[str, object] | None, notes: Sequence[Ambiguity] = ()
+    ) -> None:
+        self.found: list[Reading] = []
+        self.notes = list(notes)
+        self.headers: dict[str, Header] = {}
+        """By file, each read once."""
+        self._source = source
+        self._config = config
+        self._seen: list[dict[str, tuple[object, ...]]] = []
+
+    def add_way(self, way: Way) -> None:
+        """Adds what a loader that reads those files may take for the weights."""
+        if way.label == "distributed" and any(
+            _PIECES in self._header(path).metadata for path in way.files
+        ):
+            raise UnsupportedError(
+                "is a distributed checkpoint, with tensors in pieces",
+                "format",
+                file=clean(self._source.name),
+                remedy="save it with save_pretrained on one process",
+            )
+        copies = self._copies(way.files)
+        first = not self.found
+        best, aliases = self._one_name_each(_choose(copies, -1))
+        new = self._add(way.label, way.why, best)
+        if way.kind and ((new and not first) or way.kind in _ALWAYS or self._is_detour(way)):
+            files = (way.index, *way.files) if way.index else way.files
+            self.notes.append(Ambiguity(way.kind, way.why, files))
+        if not new:
+            return
+
+        twice = [name for name, found in copies.items() if len(found) > 1]
+        if twice:
+            says = f"{_count(twice)} in more than one file; transformers takes the last file's"
+            self._note("shadowed-tensor", says, twice, copies)
+        unindexed = [name for name in copies if way.weight_map and name not in way.weight_map]
+        if unindexed:
+            says = f"{_count(unindexed)} not in {clean(way.index, 80)}, loaded all the same"
+            self._note("unindexed-tensor", says, unindexed, copies)
+        if way.weight_map and (twice or unindexed):
+            mapped = {
+                name: next((i for i in found if i.file == way.weight_map[name]), found[-1])
+                for name, found in copies.items()
+                if name in way.weight_map
+            }
+            self._add(f"{way.label}-map", "what the index says", self._one_name_each(mapped)[0])
+        for number in range(2, 1 + max(map(len, copies.values()), default=0)):
+            other = self._one_name_each(_choose(copies, -number))[0]
+            self._add(f"{way.label}-copy-{number}", f"copy {number} of a tensor counts", other)
+        if aliases:
+            names = sorted(name for group in aliases for name in group)
+            says = f"{_count(names)} names of one parameter; one of them is loaded"
+            self._note("alias-names", says, names, copies)
+            for number in range(1, max(map(len, aliases))):
+                other = self._one_name_each(_choose(copies, -1), number)[0]
+                self._add(f"{way.label}-alias-{number + 1}", "another name counts", other)
+
+    def add_unread(self, weights: Sequence[str], used: Set[str]) -> None:
+        """Adds the safetensors files that no way so far reads, as some other loader may."""
+        files = self._source.files
+        proven = {files[path].sha256 for path in used} - {None}
+        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path in weights:
+            if path not in used and files[path].sha256 not in proven:
+                shard = _SHARD.fullmatch(path)
+                groups[shard.group("stem", "total", "tail") if shard else (path,)].append(path)
+        main = self.found[0].tensors
+        parameters = {parameter(name): name for name in main}
+        for number, group in enumerate(groups.values(), start=1):
+            copies = self._copies(group)
+            tensors = _choose(copies, -1)
+            replaced = {parameters[p] for p in map(parameter, tensors) if p in parameters}
+            kind, says = _kind_of_unread(group[0])
+            if replaced and len(replaced) < len(main):
+                # A part of the model: what a loader of all files puts over the rest.
+                rest = {name: info for name, info in main.items() if name not in replaced}
+                tensors = {**rest, **tensors}
+            why = f"{clean(group[0], 80)}: {says}"
+            if self._add(f"{kind}-{number}", why, self._one_name_each(tensors)[0]):
+                names = tuple(sorted(copies)[:_NAMED])
+                self.notes.append(Ambiguity(kind, why, tuple(group), names))
+
+    def note_odd_names(self) -> None:
+        """Notes the tensors whose name may pass for another."""
+        places = [(name, info.file) for r in self.found for name, info in r.tensors.items()]
+        odd = [one for one in places if not (one[0].isascii() and one[0].isprintable() and one[0])]
+        if odd:
+            names = sorted({name for name, _ in odd})
+            files = sorted({file for _, file in odd})
+            says = "whose name is not plain printable ASCII, so it may pass for another"
+            line, named = f"{_count(names)} {says}", tuple(names[:_NAMED])
+            self.notes.append(Ambiguity("confusable-names", line, tuple(files), named))
+
+    def _add(self, label: str, why: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether that reading has tensors and reads other bytes than those found before."""
+        places = {name: self._place(info) for name, info in tensors.items()}
+        if not places or places in self._seen:
+            return False
+        if len(self.found) == MAX_READINGS:
+            raise LimitError(
+                f"more than {MAX_READINGS} ways to read the weights",
+                "readings",
+                file=clean(self._source.name),
+                remedy="remove the weight files that the model does not use",
+            )
+        self._seen.append(places)
+        self.found.append(Reading("main" if not self.found else label, why, tensors))
+        return True
+
+    def _header(self, path: str) -> Header:
+        if path not in self.headers:
+            self.headers[path] = read_header(self._source, path)
+            if sum(len(header.tensors) for header in self.headers.values()) > MAX_TENSORS:
+                raise LimitError(f"more than {MAX_TENSORS} tensors in all files", "tensors")
+        return self.headers[path]
+
+    def _copies(self, files: Sequence[str]) -> dict[str, list[TensorInfo]]:
+        """Every tensor by name, the copies in the order of the files, provably equal ones once."""
+        found: dict[str, list[TensorInfo]] = {}
+        for path in files:
+            for name, info in self._header(path).tensors.items():
+                others = found.get(name, ())
+                place = self._place(info)
+                found[name] = [*(one for one in others if self._place(one) != place), info]
+        return found
+
+    def _place(self, info: TensorInfo) -> tuple[object, ...]:
+        """Where the bytes are, the same for files that are proven equal."""
+        digest = self._source.files[info.file].sha256
+        return (digest or f"path:{info.file}", info.start, info.stop, info.dtype, info.shape)
+
+    def _one_name_each(
+        self, tensors: Mapping[str, TensorInfo], number: int = 0
+    ) -> tuple[Mapping[str, TensorInfo], list[list[str]]]:
+        """The tensors less those whose parameter another name supplies, and groups of such names.
+
+        `number` picks the second, third, … best name instead of the one that transformers takes.
+        """
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in tensors:
+            groups[parameter(name)].append(name)
+        several = [group for group in groups.values() if len(group) > 1]
+        dropped: set[str] = set()
+        for group in several:
+            group.sort(key=lambda name: (_is_foreign(name, self._config), _natural_key(name)))
+            dropped.update(group)
+            dropped.remove(group[min(number, len(group) - 1)])
+        return {name: info for name, info in tensors.items() if name not in dropped}, several
+
+    def _note(
+        self, kind: str, says: str, names: Sequence[str], copies: Mapping[str, list[TensorInfo]]
+    ) -> None:
+        files = sorted({info.file for name in names for info in copies[name]})
+        line = f"{clean(names[0], 100)}: {says}"
+        self.notes.append(Ambiguity(kind, line, tuple(files), tuple(names[:_NAMED])))
+
+    def _is_detour(self, way: Way) -> bool:
+        # A redirect is the first way; it is none if it leads to where the loader goes anyway.
+        plain = WEIGHTS if WEIGHTS in self._source.files else INDEX
+        return way.kind == "redirect" and (way.index or way.files[0]) != plain
+
+
+def _choose(copies: Mapping[str, list[TensorInfo]], number: int) -> dict[str, TensorInfo]:
+    return {name: found[max(number, -len(found))] for name, found in copies.items()}
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+# What stands for the same parameter in transformers (a leading `model.` comes and goes, and its
+# pattern's dot takes any character) and in the original code of LLaVA, InternVL and Pixtral.
+_RENAMES = (
+    (re.compile(r"^(?:model[^\n])+"), ""),
+    (re.compile(r"(?<=\.)model\."), ""),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"(?<=vision_tower\.)vision_model\."), ""),
+    (re.compile(r"^(?:mm_projector\.0|mlp1\.1|vision_language_adapter\.w_in)\."), "P.linear_1."),
+    (re.compile(r"^(?:mm_projector\.2|mlp1\.3|vision_language_adapter\.w_out)\."), "P.linear_2."),
+    (re.compile(r"^mlp1\.0\."), "P.layer_norm."),
+    (re.compile(r"^P\."), "multi_modal_projector."),
+)
+
+
+@lru_cache(maxsize=1 << 16)
+def parameter(name: str) -> str:
+    """The parameter that a tensor name stands for: equal for names that a loader may mix up."""
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _is_foreign(name: str, config: Mapping[str, object] | None) -> bool:
+    """Whether the model's class does not know that name of a projector."""
+    config = config or {}
+    listed = config.get("architectures")
+    classes = [str(item) for item in listed] if isinstance(listed, list) else []
+    if "mm_projector." in name:
+        return not any(c.startswith("Llava") and c.endswith("ForCausalLM") for c in classes)
+    if name.startswith("mlp1."):
+        return "internvl" not in str(config.get("model_type"))
+    return name.startswith("vision_language_adapter.")
+
+
+def _natural_key(name: str) -> list[tuple[int | str, ...]]:
+    """transformers loads names in this order, and the first of two that mean one parameter wins."""
+    key: list[tuple[int | str, ...]] = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        digits = part[len(text) :]
+        # Longer numbers are larger; int() refuses the very long ones.
+        number = (len(digits.lstrip("0")), digits.lstrip("0")) if digits else ()
+        key.append((1, text, *number) if text else (0, *number))
+    return key
+
+
+def _kind_of_unread(path: str) -> tuple[str, str]:
+    if path.startswith("consolidated"):
+        return "consolidated-file", "weights in Mistral's layout, which vLLM may read instead"
+    if _VARIANT.fullmatch(path):
+        return "variant-file", "weights that are read when a variant is asked for"
+    return "unread-file", "weights that transformers does not read and other loaders may"
