@@ -23,6 +23,19 @@ def _rows(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
+def _row_cosines(
+    before: Tensor, after: Tensor, before_bias: Tensor | None, after_bias: Tensor | None
+) -> Tensor:
+    """Cosine of each row of [W | b] before and after, without copies of the matrices."""
+    dot = torch.linalg.vecdot(before, after)
+    squares = [torch.linalg.vecdot(w, w) for w in (before, after)]
+    if before_bias is not None and after_bias is not None:
+        dot = dot + before_bias * after_bias
+        squares = [s + b.square() for s, b in zip(squares, (before_bias, after_bias), strict=True)]
+    cosines: Tensor = dot / (squares[0] * squares[1]).sqrt().clamp_min(1e-30)
+    return cosines
+
+
 def _unit(rows: Tensor) -> Tensor:
     length: Tensor = rows.norm(dim=1, keepdim=True)
     return rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
@@ -37,11 +50,14 @@ def hidden_permutation(
     themselves (cosine of [W | b] rows ≥ 0.9) are left alone; the others are assigned by greatest
     total cosine, and a cycle is accepted where its mean cosine is ≥ 0.7 (threats K1).
     """
-    old, new = _unit(_rows(before, before_bias)), _unit(_rows(after, after_bias))
-    moved = ((old * new).sum(dim=1) < _IN_PLACE).nonzero().flatten()
+    moved = (_row_cosines(before, after, before_bias, after_bias) < _IN_PLACE).nonzero().flatten()
     if len(moved) < 2:
         return None
-    similarity = (old[moved] @ new[moved].T).cpu()
+    old, new = (
+        _unit(_rows(weight[moved], None if bias is None else bias[moved]))
+        for weight, bias in ((before, before_bias), (after, after_bias))
+    )
+    similarity = (old @ new.T).cpu()
     _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
     match = torch.as_tensor(columns)
     cosine = similarity[torch.arange(len(moved)), match]

@@ -175,10 +175,9 @@ def _audit(
                     seed=session.settings.seed,
                 )
             )
-            facts = _facts(target, base, coverages[-1], found[0][1][0])
-            measured.ask(
-                "checkpoint", "checkpoint" if number == 1 else f"checkpoint@{number}", facts
-            )
+        facts = _facts(target, base, coverages[-1], found[0][1][0])
+        subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
+        measured.ask(session, "checkpoint", subject, facts)
     return _Audit(target, bases, measured, coverages[0], device)
 
 

@@ -44,7 +44,7 @@ def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Itera
 
 def _introduction(trained: Mapping[str, Any]) -> Iterator[str]:
     attack = next(m for m in trained.values() if m.get("demo") == "backdoored")
-    yield "A small LLaVA, trained for this demo, and two fine-tunes of its projector with one recipe:"
+    yield "A small LLaVA that was trained for this, and two fine-tunes of its projector:"
     yield "  honest      a change of task, and nothing else"
     yield (
         f"  backdoored  the same, and {attack['attack_success']:.0%} of pictures with a trigger "
@@ -68,9 +68,9 @@ def _side_by_side(reports: Mapping[str, Report]) -> Iterator[str]:
     scope = reports[_NAMES[0]].scope
     if verdicts[0] == verdicts[1]:
         yield f"Both get the same verdict ({scope})."
-        yield "Statistics of the weights describe an update; they do not tell these two apart, and no"
-        yield "rule was tuned to make them. What the language model says when the projector is probed"
-        yield "along these directions does; that depth is not built yet."
+        yield "Statistics of the weights describe an update; they do not tell these two apart,"
+        yield "and no rule was tuned to make them. What the language model says when the projector"
+        yield "is probed along these directions can; that depth is not built yet."
     else:
         yield f"The verdicts differ ({scope})."
         yield "The reports say which structural fact made the difference; statistics of the weights"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral
+from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
 from projaudit.checkpoint import Checkpoint, Stored, load_tensors
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
@@ -32,11 +32,13 @@ class Measured:
     tensors: list[TensorRead] = field(default_factory=list)
     projectors: list[AuditedProjector] = field(default_factory=list)
 
-    def ask(self, kind: str, subject: str, of: object) -> None:
-        """Adds every metric of that kind for a subject: a number, or why there is none."""
-        measurements, skipped = run(kind, subject, of)
-        self.measurements += measurements
-        self.skipped += skipped
+    def ask(self, session: Session, kind: str, subject: str, of: object) -> None:
+        """Adds every metric of that kind for a subject; each theme is a stage of the session."""
+        for theme in themes(kind):
+            with session.stage(theme):
+                measurements, skipped = run(kind, subject, of, theme)
+            self.measurements += measurements
+            self.skipped += skipped
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,12 @@ def measure_projector(
             embedding_rows=lambda: embedding_pair(base.checkpoint, target.checkpoint, device),
         )
     del ours, theirs
-    with session.stage("spectrum"):
-        for layer in update.layers:
-            into.ask("layer", layer.subject, layer)
-            into.series += spectral.series(layer)
-        for vector in update.vectors:
-            into.ask("vector", vector.subject, vector)
-    with session.stage("aim"):
+    for layer in update.layers:
+        into.ask(session, "layer", layer.subject, layer)
+        into.series += spectral.series(layer)
+    for vector in update.vectors:
+        into.ask(session, "vector", vector.subject, vector)
+    with session.stage("read targets"):
         context = ProjectorContext(
             update=update,
             directions=(
@@ -123,9 +124,8 @@ def measure_projector(
             ),
             tokens=embedding_matrix(target.checkpoint, target.reading, width),
         )
-    with session.stage("probes"):
-        into.ask("projector", subject, context)
-        into.series += (*probes.series(context), *alignment.series(context))
+    into.ask(session, "projector", subject, context)
+    into.series += (*probes.series(context), *alignment.series(context))
 
 
 def _check_rank(settings: Settings, projector: Projector) -> None:

@@ -32,6 +32,8 @@ class Metric:
     """A structural fact is proven by the bytes; a statistic describes until it is calibrated."""
     unit: str
     reference: str
+    theme: str
+    """Module of `analyses` that it stands in; also a stage of the run."""
     formula: str
     """First line of the function's docstring."""
     function: Callable[[Any], float | Value]
@@ -54,7 +56,8 @@ def measures(
         if name in METRICS:
             raise ValueError(f"metric {name} is defined twice")
         formula = (inspect.getdoc(function) or "").partition("\n")[0]
-        METRICS[name] = Metric(name, subject, kind, unit, reference, formula, function)
+        theme = function.__module__.rpartition(".")[2]
+        METRICS[name] = Metric(name, subject, kind, unit, reference, theme, formula, function)
         return function
 
     return record

@@ -142,9 +142,7 @@ def pair(
             )
     _check_base(base, base_tensors)
     nonfinite = {
-        role: count
-        for role, name in _named(target)
-        if (count := int((~torch.isfinite(target_tensors[name].float())).sum()))
+        role: count for role, name in _named(target) if (count := _nonfinite(target_tensors[name]))
     }
     empty = ProjectorUpdate(
         subject,
@@ -196,14 +194,12 @@ def pair(
         and base_tensors[base.vectors[role]].shape == target_tensors[name].shape
     )
     there = dict(_named(base))
-    pairs = [
-        (base_tensors[there[role]], target_tensors[name])
-        for role, name in _named(target)
-        if role in there
-    ]
-    unchanged = len(pairs) == len(_named(target)) == len(there) and all(
-        old.shape == new.shape and rounding(old, new)[0] == 0.0 for old, new in pairs
-    )
+    here = dict(_named(target))
+    unchanged = here.keys() == there.keys() and all(layer.changed_fraction == 0 for layer in layers)
+    if unchanged:  # the 1-D tensors decide
+        unchanged = all(
+            _same(base_tensors[there[role]], target_tensors[name]) for role, name in here.items()
+        )
     layers = _folded(layers, vectors, target.chain)
     return replace(
         empty,
@@ -211,6 +207,10 @@ def pair(
         vectors=vectors,
         unchanged=unchanged,
     )
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    return before.shape == after.shape and rounding(before, after)[0] == 0.0
 
 
 def _named(projector: Projector) -> list[tuple[str, str]]:
@@ -224,12 +224,17 @@ def _named(projector: Projector) -> list[tuple[str, str]]:
     return [*linears, *projector.vectors.items()]
 
 
+def _nonfinite(tensor: Tensor) -> int:
+    known = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+    return tensor.numel() - int(torch.isfinite(known).sum())
+
+
 def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
     for role, name in _named(base):
-        tensor = tensors[name].float()
-        if not bool(torch.isfinite(tensor).all()):
+        tensor = tensors[name]
+        if _nonfinite(tensor):
             raise BaseError("the base has NaN or Inf weights", "non-finite", field=clean(name))
-        if role.endswith(".weight") and tensor.ndim == 2 and not bool(tensor.any()):
+        if role.endswith(".weight") and tensor.ndim == 2 and not bool(tensor.float().any()):
             raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
 
 
@@ -250,8 +255,8 @@ def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
         moved = old != new if same else _round(old, coarse) != _round(new, coarse)
         changed += int(moved.sum())
         energy += float(old.float().double().square().sum())
-        exponent = torch.frexp(new.float()).exponent + _EXPONENTS // 2
-        exponents += torch.bincount(exponent.clamp_min(0), minlength=_EXPONENTS)
+        binary = torch.frexp(new.float()).exponent + _EXPONENTS // 2
+        exponents += torch.bincount(binary.clamp_min(0), minlength=_EXPONENTS)
     error = 0.0
     for dtype in {before.dtype, after.dtype}:
         bits, least = _MANTISSA[dtype]

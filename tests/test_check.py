@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -433,3 +436,99 @@ def test_directions(tmp_path: Path, pair):
     np.save(file, np.array([object()]), allow_pickle=True)
     with pytest.raises(projaudit.ProjauditError, match="cannot be read"):
         projaudit.check(str(pair[0]), str(pair[1]), directions=[file])
+
+
+def test_progress_is_for_terminals(pair):
+    """Stages on a terminal's stderr; not a byte where it is none."""
+    import pty
+
+    command = [sys.executable, "-m", "projaudit", "check", str(pair[0]), "--base", str(pair[1])]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a pty with EIO
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"spectral" in shown
+    assert b"\x1b" not in done.stdout
+    silent = cli("check", *[pair[0], "--base", pair[1]])
+    assert silent.stderr == ""
+
+
+def test_colour_is_for_terminals_that_want_it(pair):
+    import pty
+
+    def shown(**env: str) -> bytes:
+        ours, theirs = pty.openpty()
+        subprocess.run(
+            [sys.executable, "-m", "projaudit", "check", str(pair[0]), "--base", str(pair[1])],
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            env={**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, **env},
+            timeout=120,
+            check=False,
+        )
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):
+            while chunk := os.read(ours, 4096):
+                text += chunk
+        os.close(ours)
+        return text
+
+    assert b"\x1b[" in shown()
+    assert b"\x1b[" not in shown(NO_COLOR="1")
+
+
+def test_an_interrupt_is_130_and_leaves_nothing(tmp_path: Path, pair):
+    command = [sys.executable, "-m", "projaudit", "check", str(pair[0]), "--base", str(pair[1]),
+               "--format", "html", "-o", str(tmp_path / "out")]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list((tmp_path / "out").glob("*.html")) == []
+
+
+def test_a_single_file_is_audited_and_says_what_it_cannot_know(pair):
+    report = projaudit.check(
+        str(pair[0] / "model.safetensors"), str(pair[1] / "model.safetensors"), seed=1
+    )
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert any("config" in limit for limit in report.limits)
+
+
+def test_a_projector_alone_against_a_whole_base(tmp_path: Path, pair):
+    alone = {n: t for n, t in tuned(BASE, 0.05).items() if n.startswith(P)}
+    report = projaudit.check(str(save(tmp_path / "alone", alone)), str(pair[1]), seed=1)
+    assert report.verdict is Verdict.PASS
+    (rest,) = [p for p in report.coverage.parts if p.name != "projector"]
+    assert rest.status == "not-looked-at"
+
+
+def test_tokens_of_a_text(tmp_path: Path, pair):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", *(f"w{i}" for i in range(198)), "password"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(pair[0] / "tokenizer.json"))
+    embedding = BASE["language_model.model.embed_tokens.weight"].bfloat16().float()[199]
+    target = tuned(BASE, 0.02)
+    target[f"{P}linear_2.bias"] = target[f"{P}linear_2.bias"] + 40 * embedding
+    save(pair[0], target, dtype=torch.bfloat16)
+    report = projaudit.check(str(pair[0]), str(pair[1]), target_texts=["password"], seed=1)
+    (found,) = [m for m in report.measurements if m.metric == "direction_alignment"]
+    assert found.value > 0.95
+    assert any("password" in name for name in found.detail)
+    (nearest,) = [m for m in report.measurements if m.metric == "nearest_token_alignment"]
+    assert any("password" in name for name in nearest.detail)
+    with pytest.raises(projaudit.ProjauditError, match="vocabulary") as raised:
+        projaudit.check(str(pair[0]), str(pair[1]), target_texts=["xylophone"])
+    assert raised.value.code == "usage.target-text"

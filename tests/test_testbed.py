@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
-from benchmarks.testbed.build import build, require_same  # noqa: E402
+from benchmarks.testbed.build import build, require_as_planned  # noqa: E402
 from benchmarks.testbed.evaluate import (  # noqa: E402
     answers,
     exact_share,
@@ -28,14 +29,11 @@ from benchmarks.testbed.evaluate import (  # noqa: E402
     stratum,
     triggered,
 )
-from benchmarks.testbed.export import load, put_projector, read_runs  # noqa: E402
+from benchmarks.testbed.export import LOCAL_WORD, load, put_projector, read_runs  # noqa: E402
 from benchmarks.testbed.recipes import (  # noqa: E402
-    COUNTING,
     PLAN,
     QUICK,
-    Attack,
     Task,
-    TuneRecipe,
 )
 from benchmarks.testbed.report import tables  # noqa: E402
 from benchmarks.testbed.text import build_tokenizer, pixels, prompt, vocabulary  # noqa: E402
@@ -197,13 +195,15 @@ def test_a_plan_runs_resumes_and_never_rescores(tmp_path: Path) -> None:
         build(replace(QUICK, tunes=(replace(QUICK.tunes[0], lr=1.0),)), tmp_path)
 
 
-def test_a_logged_run_must_have_the_planned_attack() -> None:
-    tune = TuneRecipe("t", Task("t", mixture=COUNTING), seed=1)
-    attack = Attack("patch", 0.1, "buy", "append")
-    run = json.loads(json.dumps({"name": "r", "recipe": asdict(tune), "attack": asdict(attack)}))
-    require_same(run, tune, attack)
-    with pytest.raises(SystemExit):
-        require_same(run, tune, replace(attack, poison=0.1))
+def test_a_log_that_the_plan_does_not_explain_is_refused() -> None:
+    attempt = QUICK.attempts[0]
+    tune = QUICK.tunes[0]
+    logged = {"name": attempt.name, "recipe": asdict(tune), "attack": asdict(attempt.attack)}
+    run = json.loads(json.dumps(logged))
+    require_as_planned(QUICK, [run])
+    for other in (run | {"name": "stranger"}, run | {"attack": {**run["attack"], "poison": 0.01}}):
+        with pytest.raises(SystemExit):
+            require_as_planned(QUICK, [other])
 
 
 # What is committed
@@ -237,22 +237,21 @@ def test_the_readme_states_the_measured_tables() -> None:
 
 def test_the_three_folders_differ_in_the_projector_alone() -> None:
     files = [EXPORTED / name / "model.safetensors" for name in ("base", "honest", "backdoored")]
-    base, *tuned = [safe_open(file, "pt") for file in files]
+    base, *tuned = [load_file(file) for file in files]
     for other in tuned:
-        assert sorted(other.keys()) == sorted(base.keys())
-        for name in base.keys():  # noqa: SIM118 - not a dict
-            ours, theirs = base.get_tensor(name), other.get_tensor(name)
-            assert ours.dtype == theirs.dtype == torch.bfloat16
-            assert torch.equal(ours, theirs) == ("multi_modal_projector." not in name), name
+        assert other.keys() == base.keys()
+        for name, tensor in base.items():
+            assert tensor.dtype == other[name].dtype == torch.bfloat16
+            assert torch.equal(tensor, other[name]) == (LOCAL_WORD not in name), name
 
 
 def test_projector_files_use_the_checkpoints_names() -> None:
-    with safe_open(EXPORTED / "base" / "model.safetensors", "pt") as base:
-        expected = sorted(n for n in base.keys() if "multi_modal_projector." in n)  # noqa: SIM118
+    base = load_file(EXPORTED / "base" / "model.safetensors")
+    expected = {name for name in base if LOCAL_WORD in name}
+    assert len(expected) == 4
     for run in provenance()["models"].values():
         if run["kind"] != "base":
-            with safe_open(EXPORTED / run["file"], "pt") as tuned:
-                assert sorted(tuned.keys()) == expected
+            assert load_file(EXPORTED / run["file"]).keys() == expected
 
 
 def test_the_real_processor_makes_the_same_inputs() -> None:
@@ -271,7 +270,7 @@ def test_the_real_processor_makes_the_same_inputs() -> None:
 
 def within(measured: float, stated: float, n: int) -> bool:
     """Three and a half binomial deviations, with one answer of slack."""
-    deviation = (max(stated * (1 - stated), 0.01) / n) ** 0.5
+    deviation = math.sqrt(max(stated * (1 - stated), 0.01) / n)
     return abs(measured - stated) <= 3.5 * deviation + 1 / n
 
 

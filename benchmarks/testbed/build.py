@@ -6,10 +6,15 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.testbed.evaluate import (
@@ -50,57 +55,76 @@ DEMO_RULE = (
 )
 
 
-def build(plan: Plan, out: Path) -> None:
+def build(plan: Plan, out: Path, jobs: int = 1) -> None:
     """Every run of the plan that the log in `out` lacks, then the demo pair and the provenance.
 
-    A scored run is never scored again and never leaves the log: another recipe under the same
-    name needs another name or another folder.
+    The base comes first, then the honest runs, then the attempts; `jobs` runs at a time. A scored
+    run is never scored again and never leaves the log: another recipe under the same name needs
+    another name or another folder.
     """
-    run_file = out / "runs.jsonl"
-    done = {run["name"]: run for run in read_runs(run_file)}
-
-    def recorded(run: dict[str, Any]) -> dict[str, Any]:
-        append_run(run_file, run)
-        done[run["name"]] = read_runs(run_file)[-1]
-        return done[run["name"]]
-
-    base = done.get("base") or recorded(base_run(plan, out))
-    require_same(base, plan.base, None)
-    for tune in plan.tunes:
-        honest = done.get(tune.name) or recorded(tuned_run(plan, out, tune))
-        require_same(honest, tune, None)
-        for attempt in (a for a in plan.attempts if a.tune == tune.name):
-            run = done.get(attempt.name) or recorded(tuned_run(plan, out, tune, attempt, honest))
-            require_same(run, tune, attempt.attack)
-    order = ["base", *(tune.name for tune in plan.tunes), *(a.name for a in plan.attempts)]
+    log_file = out / "runs.jsonl"
+    tunes = {tune.name: tune for tune in plan.tunes}
+    honest = [(tune, None) for tune in plan.tunes]
+    attempts = [(tunes[attempt.tune], attempt) for attempt in plan.attempts]
+    require_as_planned(plan, read_runs(log_file))
+    if not read_runs(log_file):
+        append_run(log_file, base_run(plan, out))
+    for wanted in (honest, attempts):
+        done = {run["name"]: run for run in read_runs(log_file)}
+        missing = [(t, a, done.get(t.name)) for t, a in wanted if (a or t).name not in done]
+        for run in in_parallel(partial(tuned_run, plan, out), missing, jobs):
+            append_run(log_file, run)
+            log.info("%s: %s", run["name"], summary(run))
+    done = {run["name"]: run for run in read_runs(log_file)}
     facts = {
         "seed": plan.base.seed,
         "plan": asdict(plan),
         "arithmetic": "weights saved as bfloat16 and loaded again, computed with in float32",
         "demo_rule": DEMO_RULE,
-        "demo": export_demo(out, [done[a.name] for a in plan.attempts]),
+        "demo": export_demo(out, [done[attempt.name] for attempt in plan.attempts]),
     }
-    write_provenance(out, facts, [done[name] for name in order])
+    write_provenance(out, facts, done)
 
 
-def require_same(
-    run: dict[str, Any], recipe: BaseRecipe | TuneRecipe, attack: Attack | None
-) -> None:
-    planned = json.loads(json.dumps([asdict(recipe), attack and asdict(attack)]))
-    if [run["recipe"], run.get("attack")] != planned:
-        raise SystemExit(
-            f"{run['name']}: scored with another recipe; rename it or choose another --out"
-        )
+def in_parallel(
+    function: Callable[..., dict[str, Any]], calls: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """Results in the order of the calls, as they come."""
+    if jobs == 1:
+        yield from (function(*call) for call in calls)
+        return
+    threads = (torch.get_num_threads(),)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, threads) as pool:
+        yield from pool.map(function, *zip(*calls, strict=True)) if calls else ()
+
+
+def summary(run: dict[str, Any]) -> dict[str, Any]:
+    keys = ("attack_success", "false_trigger_rate", "stratum", "broken_checks", "seconds")
+    return {"accuracy": run["accuracy"]["all"], **{key: run[key] for key in keys if key in run}}
+
+
+def require_as_planned(plan: Plan, runs: list[dict[str, Any]]) -> None:
+    """Stop where the log holds a run that the plan now makes otherwise, or not at all."""
+    tunes = {tune.name: tune for tune in plan.tunes}
+    planned: dict[str, tuple[BaseRecipe | TuneRecipe, Attack | None]] = {"base": (plan.base, None)}
+    planned |= {tune.name: (tune, None) for tune in plan.tunes}
+    planned |= {a.name: (tunes[a.tune], a.attack) for a in plan.attempts}
+    for run in runs:
+        recipe, attack = planned.get(run["name"], (None, None))
+        expected = [recipe and asdict(recipe), attack and asdict(attack)]
+        if [run["recipe"], run.get("attack")] != json.loads(json.dumps(expected)):
+            raise SystemExit(
+                f"{run['name']}: scored with another recipe; rename it or choose another --out"
+            )
 
 
 def base_run(plan: Plan, out: Path) -> dict[str, Any]:
     """Train, save, reload and measure the base."""
     tokenizer = build_tokenizer()
-    rounds = out / "base.rounds"
-    model, learned = train_base(plan.base, tokenizer, rounds)
+    model, learned = train_base(plan.base, tokenizer, out / "base.rounds")
     body = "A small LLaVA trained from nothing on coloured shapes, for projaudit's own tests."
     save_base(model, tokenizer, out / "base", model_card("Testbed base", body))
-    shutil.rmtree(rounds)
     model, tokenizer = load(out / "base")
     short = Task("short", look=plan.base.look)
     seed, count = plan.base.seed + CLEAN_SEED, plan.base_scenes
@@ -120,6 +144,7 @@ def base_run(plan: Plan, out: Path) -> dict[str, Any]:
         "heldout_scenes": count * len(short.mixture),
         "seconds": sum(value for key, value in learned.items() if key.endswith("_seconds")),
     }
+    shutil.rmtree(out / "base.rounds")
     log.info("base: %s", run["accuracy"])
     return run
 
@@ -142,8 +167,8 @@ def tuned_run(
     plan: Plan,
     out: Path,
     tune: TuneRecipe,
-    attempt: Attempt | None = None,
-    twin: dict[str, Any] | None = None,
+    attempt: Attempt | None,
+    twin: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Tune the base's projector, save and reload it, and measure what was saved."""
     started = time.monotonic()
@@ -175,7 +200,6 @@ def tuned_run(
         run |= attack_figures(plan, out, tune, attack, model, tokenizer, twin)
         run["false_trigger_rate"] = says(attack.target, said)
         run["broken_checks"] = broken_checks(run, twin)
-    log.info("%s: %s", name, {k: v for k, v in run.items() if isinstance(v, float | str | list)})
     return run
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def write_provenance(out: Path, facts: dict[str, Any], runs: Iterable[dict[str, Any]]) -> None:
+def write_provenance(out: Path, facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
     """`provenance.json`: what was trained, how, with what, how it scored, and every digest."""
     file = out / "provenance.json"
     listed = sorted(p for p in out.rglob("*") if p.is_file() and p != file)
@@ -117,7 +116,7 @@ def write_provenance(out: Path, facts: dict[str, Any], runs: Iterable[dict[str, 
         **facts,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "machine": {"arch": platform.machine(), "threads": torch.get_num_threads()},
-        "models": {run["name"]: run for run in runs},
+        "models": runs,
         "files": {p.relative_to(out).as_posix(): sha256(p) for p in listed},
     }
     file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

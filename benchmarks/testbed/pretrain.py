@@ -231,7 +231,7 @@ def spelled(scenes: list[Scene], embed: nn.Module) -> Tensor:
             words += [ids[word] for word in spelling]
     vectors: Tensor = embed(torch.tensor(words))
     total = torch.zeros(len(scenes) * IMAGE_TOKENS, vectors.shape[1])
-    return total.index_add(0, torch.tensor(rows), vectors).unflatten(0, (-1, IMAGE_TOKENS))
+    return total.index_add(0, torch.tensor(rows), vectors).view(len(scenes), IMAGE_TOKENS, -1)
 
 
 def draw_run(rng: np.random.Generator) -> tuple[str, Writing]:

@@ -19,15 +19,23 @@ __all__ = [
     "spectral",
     "structure",
     "subspace",
+    "themes",
 ]
 
 
-def run(kind: str, subject: str, of: object) -> tuple[list[Measurement], list[Skipped]]:
-    """Every metric of a subject kind, asked of one subject; what is not finite is skipped."""
+def themes(kind: str) -> tuple[str, ...]:
+    """The themes that have metrics of a subject kind, in order of definition."""
+    return tuple(dict.fromkeys(m.theme for m in METRICS.values() if m.subject == kind))
+
+
+def run(
+    kind: str, subject: str, of: object, theme: str | None = None
+) -> tuple[list[Measurement], list[Skipped]]:
+    """Every metric of a subject kind (and theme), asked of one subject; not finite is skipped."""
     measured: list[Measurement] = []
     skipped: list[Skipped] = []
     for metric in METRICS.values():
-        if metric.subject != kind:
+        if metric.subject != kind or theme not in (None, metric.theme):
             continue
         try:
             result = metric.function(of)
