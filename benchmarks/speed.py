@@ -20,6 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 ACCURACY = 1e-5
 """Largest relative error allowed in any singular value above the noise edge."""
 
+CALM = 0.7
+"""Load average above which wall-clock times say more about the machine than about the code."""
+
 Row = dict[str, Any]
 
 
@@ -44,24 +47,42 @@ def machine(device: torch.device) -> Row:
     }
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+@dataclass(frozen=True)
+class Taken:
+    """What a run took. CPU seconds are of all threads; with one thread they bear a busy machine."""
+
+    wall: float
+    cpu: float
+
+
+def timed(run: Callable[[], Any]) -> tuple[Taken, Any]:
     """(seconds, result) of one run, device work included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return Taken(time.perf_counter() - start, time.process_time() - cpu), result
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, taking turns so that all see the same disturbances."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Taken]:
+    """Medians of each run, taking turns so that all see the same disturbances."""
+    taken: dict[str, list[Taken]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(timed(run)[0])
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+            taken[name].append(timed(run)[0])
+    return {
+        name: Taken(statistics.median(t.wall for t in all_), statistics.median(t.cpu for t in all_))
+        for name, all_ in taken.items()
+    }
+
+
+def warn_if_busy() -> None:
+    """One line where something else is running already."""
+    load = os.getloadavg()[0]
+    if load > CALM:
+        print(f"warning: load average {load:.1f} before the start: wall-clock times mean little")
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
@@ -126,9 +147,16 @@ CASES = [
 PEERS = ("block_krylov", "torch.svd_lowrank", "sklearn randomized_svd", "scipy svds")
 
 
-def settings(method: str, k: int) -> Iterator[tuple[Any, ...]]:
-    """The grid over which each method's cheapest setting is looked for."""
-    if method == "block_krylov":
+def settings(method: str, k: int, quick: bool) -> Iterator[tuple[Any, ...]]:
+    """The grid over which each method's cheapest setting is looked for; few of it for `quick`."""
+    if quick:
+        if method == "block_krylov":
+            yield from ((12, 6), (16, 5), (16, 6))
+        elif method == "scipy svds":
+            yield ("propack", 1e-4)
+        else:
+            yield from ((k + 4, 4), (k + 10, 4), (k + 4, 6), (k + 10, 6))
+    elif method == "block_krylov":
         yield from (
             (b, d) for b in (8, 12, 16, 20, 24, 32) for d in range(3, 10) if b * d >= k + 30
         )
@@ -178,8 +206,8 @@ def cheapest(
     for setting in grid:
         worst, least = 0.0, math.inf
         for seed in (0, 1):
-            seconds, values = timed(lambda s=setting, i=seed: leading(method, a, len(exact), s, i))
-            worst, least = max(worst, error(values, exact)), min(least, seconds)
+            taken, values = timed(lambda s=setting, i=seed: leading(method, a, len(exact), s, i))
+            worst, least = max(worst, error(values, exact)), min(least, taken.wall)
             if worst > ACCURACY or (best and least > 1.5 * best[2]):
                 break
         if worst <= ACCURACY and (best is None or least < best[2]):
@@ -204,10 +232,11 @@ def spectrum_case(case: Case, args: argparse.Namespace, known: dict[str, Any]) -
     m, n = case.shape
     winners: dict[str, tuple[Any, ...]] = {}
     rows: list[Row] = []
+    load = os.getloadavg()[0]
     for method in PEERS:
         if device.type == "cuda" and method.startswith(("sklearn", "scipy")):
             continue
-        grid = list(settings(method, k))
+        grid = list(settings(method, k, args.quick))
         if method in known and min(m, n) > 4096:  # seconds per run: search near the last winner
             size, depth = known[method]
             near = 0 if method == "scipy svds" else 8
@@ -245,7 +274,9 @@ def spectrum_case(case: Case, args: argparse.Namespace, known: dict[str, Any]) -
     ours = seconds["block_krylov"]
     for row in rows:
         if (taken := seconds.get(row["method"])) is not None:
-            row |= {"ms": round(taken * 1e3, 1), "ratio": round(taken / ours, 2)}
+            row |= {"ms": round(taken.wall * 1e3, 1), "ratio": round(taken.wall / ours.wall, 2)}
+            row |= {"CPU ms": round(taken.cpu * 1e3, 1)}
+            row |= {"CPU ratio": round(taken.cpu / ours.cpu, 2)}
         if "error" in row:
             row["error"] = f"{row['error']:.0e}"
     residuals = block_krylov(
@@ -258,11 +289,14 @@ def spectrum_case(case: Case, args: argparse.Namespace, known: dict[str, Any]) -
     return {
         "case": case.name,
         "shape": list(case.shape),
+        "threads": torch.get_num_threads(),
+        "load_average": [load, os.getloadavg()[0]],
         "rows": rows,
         "gflops": {
-            "block_krylov, products with A only": passes(winners["block_krylov"], (m, n)) / ours,
-            f"A @ ({n}, {block})": 2.0 * m * n * block / seconds["thin"],
-            f"A @ ({n}, 512)": 2.0 * m * n * 512 / seconds["gemm"],
+            "block_krylov, products with A only": passes(winners["block_krylov"], (m, n))
+            / ours.wall,
+            f"A @ ({n}, {block})": 2.0 * m * n * block / seconds["thin"].wall,
+            f"A @ ({n}, 512)": 2.0 * m * n * 512 / seconds["gemm"].wall,
         },
         "noise_edge": found.noise_edge,
         "above_edge": found.above_edge,
@@ -290,16 +324,18 @@ def crossover(args: argparse.Namespace) -> list[Row]:
             finally:
                 linalg.EXACT_LIMIT = limit
 
-        taken = interleaved({"dense": lambda r=run: r(10**9), "iterative": lambda r=run: r(0)}, 7)
-        rows.append(
-            {"smaller side": n, **{f"{name} ms": round(s * 1e3, 1) for name, s in taken.items()}}
-        )
+        runs = {"dense": lambda r=run: r(10**9), "iterative": lambda r=run: r(0)}
+        rows.append({"smaller side": n})
+        for name, taken in interleaved(runs, args.rounds).items():
+            rows[-1] |= {f"{name} ms": round(taken.wall * 1e3, 1)}
+            rows[-1] |= {f"{name} CPU ms": round(taken.cpu * 1e3, 1)}
     return rows
 
 
 def spectrum_command(args: argparse.Namespace) -> None:
     """Update spectra: ours against exact and randomized peers at equal accuracy."""
     before = machine(torch.device(args.device))
+    warn_if_busy()
     limits = crossover(args)
     known: dict[str, Any] = {}
     results = []
@@ -327,7 +363,8 @@ def spectrum_command(args: argparse.Namespace) -> None:
         f"Every setting is the fastest of its grid whose 30 values above the noise edge all lie "
         f"within {ACCURACY:g} of the exact ones (known by construction). `block_krylov` and its "
         f"peers yield leading triplets; `spectrum()` adds noise edge, count above it, effective "
-        f"rank, density, and a check for missed values. ratio: time over `block_krylov`'s.",
+        f"rank, density, and a check for missed values. ratio: time over `block_krylov`'s. CPU: of all "
+        f"threads together; of one thread, it is what a busy machine leaves comparable.",
     ]
     for result in results:
         rates = ", ".join(f"{name}: {rate / 1e9:.0f}" for name, rate in result["gflops"].items())
@@ -336,7 +373,13 @@ def spectrum_command(args: argparse.Namespace) -> None:
             "",
             f"## {result['case']}, {result['shape'][0]} × {result['shape'][1]}",
             "",
-            table(result["rows"], ["method", "setting", "error", "ms", "ratio"]),
+            f"{result['threads']} threads, load average {result['load_average'][0]:.1f} before and "
+            f"{result['load_average'][1]:.1f} after.",
+            "",
+            table(
+                result["rows"],
+                ["method", "setting", "error", "ms", "ratio", "CPU ms", "CPU ratio"],
+            ),
             "",
             f"GFLOP/s: {rates}. Noise edge {result['noise_edge']:.4f}, {result['above_edge']} "
             f"values above it (complete: {result['complete']}), effective rank {rank:.0f} ± "
@@ -370,7 +413,9 @@ def parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--exact-limit", type=int, default=8192, help="largest side for svdvals")
     spectrum.add_argument("--full-limit", type=int, default=4096, help="largest side for svd")
     spectrum.add_argument(
-        "--quick", action="store_true", help="3 rounds, no dense SVD beyond a smaller side of 1024"
+        "--quick",
+        action="store_true",
+        help="3 rounds, a few settings, smaller sides up to 4096 (dense SVD: 1024)",
     )
     return top
 
@@ -379,7 +424,7 @@ def main() -> None:
     """Run one subcommand."""
     args = parser().parse_args()
     if getattr(args, "quick", False):
-        args.rounds, args.exact_limit, args.full_limit = 3, 1024, 1024
+        args.rounds, args.largest, args.exact_limit, args.full_limit = 3, 4096, 1024, 1024
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     args.run(args)

@@ -21,7 +21,7 @@ CACHED = 1 << 23
 """Entries up to which the whole matrix stays in a cache, so that panels only cost calls."""
 
 PROBES = 16
-STEPS = 8
+STEPS = 6
 """Random rows and Krylov steps behind the measure of the bulk."""
 
 
@@ -150,7 +150,7 @@ class Basis:
         if self.last and self.add(self.returned[-self.last :]):
             return
         m, n = self.a.shape
-        if not self.add(left_product(gaussian(size, m, self.a, generator), self.a)):
+        if not self.add(left_product(gaussian(m, size, self.a, generator).T, self.a)):
             self.add(gaussian(size, n, self.a, generator))  # rank reached: any complement serves
 
     def ritz(self) -> tuple[Tensor, Tensor]:
@@ -201,42 +201,48 @@ class Bulk:
     found: Tensor
     """(r,) float64, CPU: values of weight 1."""
     nodes: Tensor
-    """(j,) float64, CPU, descending: block Gauss rule of the probes (Golub & Meurant 2010)."""
+    """(j,) float64, CPU: those of a block Gauss rule (Golub & Meurant 2010, ch. 6)."""
     masses: Tensor
-    """(p, j): share of each probe's own energy at each node; rows sum to 1."""
-    coarse: tuple[Tensor, Tensor]
-    """(nodes, masses) after half the steps."""
-    total: int
-    """n."""
+    """(PROBES, j): share of each probe's square at each node; a row sums to 1."""
+    coarse: Bulk | None
+    """The rule after half the steps."""
+    count: int
+    """n − r."""
+    energy: float
+    """‖A‖²_F without the found values."""
 
-    def measure(
-        self, nodes: Tensor | None = None, masses: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(nodes, weights) descending, of n values in all: the found ones and the probes' mean."""
-        nodes = self.nodes if nodes is None else nodes
-        share = (self.masses if masses is None else masses).mean(0) * (self.total - len(self.found))
+    def measure(self, used: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+        """(nodes, weights) of all n values: the found ones, and the mean of the `used` probes.
+
+        Scaled to the energy that is known exactly, a control variate of Σσ.
+        """
+        weights = self.count * self.masses[used].mean(0)
+        have = float((weights * self.nodes.square()).sum())
+        nodes = self.nodes * math.sqrt(self.energy / have) if have > 0 else self.nodes
         joint, order = torch.cat([self.found, nodes]).sort(descending=True, stable=True)
-        return joint, torch.cat([torch.ones_like(self.found), share])[order]
+        return joint, torch.cat([torch.ones_like(self.found), weights])[order]
 
     def effective_rank(self) -> tuple[float, float]:
-        """(effective rank, error): jackknife over the probes and half the change since half depth.
+        """(effective rank, error): two standard errors (jackknife) and the correction.
 
-        Gauss rules converge from one side, so the change since half depth exceeds what is left of
-        the error.
+        Gauss rules of s steps err by O(s⁻²) where the values of a square matrix crowd at 0, and far
+        less elsewhere: extrapolated from half the steps, the correction counted as the error.
         """
+        assert self.coarse is not None
         rank = entropy_rank(*self.measure())
-        coarse = entropy_rank(*self.measure(*self.coarse))
+        correction = (rank - entropy_rank(*self.coarse.measure())) / 3
         probes = len(self.masses)
         others = ~torch.eye(probes, dtype=torch.bool)
-        left_out = [entropy_rank(*self.measure(None, self.masses[o])) for o in others]
-        spread = math.sqrt((probes - 1) * float(torch.tensor(left_out).double().var(correction=0)))
-        return rank, 2 * spread + abs(rank - coarse) / 2
+        left_out = torch.tensor([entropy_rank(*self.measure(o)) for o in others]).double()
+        spread = math.sqrt((probes - 1) * float(left_out.var(correction=0)))
+        return rank + correction, 2 * spread + abs(correction)
 
 
-def bulk(basis: Basis, found: Tensor, generator: Generator) -> Bulk:
+def bulk(basis: Basis, found: Tensor, energy: float, generator: Generator) -> Bulk:
     """The measure beside the r found values, whose right vectors are all that `basis` has so far.
 
-    PROBES random rows and STEPS Krylov steps are added to it, in which what was missed would show.
+    `energy` is ‖A‖²_F without them. PROBES random rows and their Krylov space are added to the
+    basis, so that values which were missed show among the nodes.
     """
     n, r = basis.a.shape[1], len(found)
     starts = gaussian(PROBES, n, basis.a, generator)
@@ -245,12 +251,13 @@ def bulk(basis: Basis, found: Tensor, generator: Generator) -> Bulk:
     for _ in range(STEPS - 1):
         basis.advance(PROBES, generator)
 
-    def rule(stop: int) -> tuple[Tensor, Tensor]:
+    def rule(stop: int, coarse: Bulk | None) -> Bulk:
         nodes, w = ritz(basis.images[r:stop])
         masses = ((starts @ basis.rows[r:stop].T).double() @ w).square()
-        return nodes.cpu(), (masses / masses.sum(1, keepdim=True)).cpu()
+        masses = (masses / masses.sum(1, keepdim=True)).cpu()
+        return Bulk(found, nodes.cpu(), masses, coarse, n - r, energy)
 
-    return Bulk(found, *rule(len(basis.rows)), rule(r + PROBES * STEPS // 2), n)
+    return rule(len(basis.rows), rule(r + PROBES * STEPS // 2, None))
 
 
 def entropy_rank(nodes: Tensor, weights: Tensor) -> float:

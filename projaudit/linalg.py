@@ -277,6 +277,17 @@ def block_krylov(a: Tensor, k: int, *, block: int, depth: int, generator: Genera
     return Triplets(values.cpu() * scale, left, right, residuals.cpu() * scale, missed * scale)
 
 
+def leading(a: Tensor, k: int, *, generator: Generator) -> Triplets:
+    """The k leading triplets (k ≤ BLOCK) by a sketch of fixed effort, nine passes over A at most.
+
+    Near a value that has close neighbours the vectors are mixtures of theirs (see residuals).
+    """
+    least = min(a.shape)
+    block = min(BLOCK, least)
+    depth = min(4, least // block)
+    return block_krylov(a, min(k, block), block=block, depth=depth, generator=generator)
+
+
 def _keyed(generator: Generator, a: Tensor) -> Generator:
     """A generator seeded by SHA-256 of one draw and of the bytes of A.
 
@@ -285,9 +296,10 @@ def _keyed(generator: Generator, a: Tensor) -> Generator:
     """
     draw = torch.randint(2**62, (1,), generator=generator)
     digest = hashlib.sha256(draw.numpy().tobytes())
-    pieces = a.detach().cpu().contiguous().view(torch.uint8).flatten().split(_PIECE)
+    data = a.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data
+    pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for part in pool.map(lambda piece: hashlib.sha256(piece.numpy().data).digest(), pieces):
+        for part in pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces):
             digest.update(part)
     return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little") >> 1)
 
@@ -392,7 +404,9 @@ def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
             basis.advance(BLOCK, generator)
             continue
         fresh = basis.restarted(w[:, :above])
-        rest = bulk(fresh, values[:above].cpu(), generator)
+        found = values[:above].cpu()
+        energy = max(norm**2 - float(found.square().sum()), 0.0)
+        rest = bulk(fresh, found, energy, generator)
         hidden = bool((rest.nodes > threshold).any())
         if not hidden or above <= checked or len(fresh.rows) > capacity:
             break

@@ -12,7 +12,7 @@ from torch import Tensor
 from projaudit import align
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.linalg import Spectrum, spectrum
+from projaudit.linalg import BLOCK, Spectrum, Triplets, leading, spectrum
 from projaudit.projector import Projector
 
 # Explicit mantissa bits of each storage dtype, and the exponent below which its ulp is constant.
@@ -63,6 +63,11 @@ class LayerUpdate:
     def spectrum(self) -> Spectrum:
         """Leading singular triplets of ΔW, its noise edge and norms."""
         return spectrum(self.delta, min(self.rank, *self.delta.shape), generator=self.generator)
+
+    @cached_property
+    def leading_base(self) -> Triplets:
+        """Leading singular triplets of W0."""
+        return leading(self.before, BLOCK, generator=self.generator)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,6 @@ from projaudit.metrics import Skip, Value
 OUT = 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """An embedding matrix in memory, handed out in small blocks."""

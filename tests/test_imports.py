@@ -16,7 +16,7 @@ PACKAGE = Path(projaudit.__file__).parent
 LAYERS = [
     ["data", "inert", "errors", "findings"],
     ["metrics", "strict", "report"],
-    ["source", "safetensors_header", "linalg", "rules"],
+    ["source", "safetensors_header", "lanczos", "linalg", "rules"],
     ["hub", "weight_files", "projector", "policy"],
     ["readings"],
     ["checkpoint"],

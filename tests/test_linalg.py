@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projaudit import linalg
+from projaudit import lanczos, linalg
 from projaudit.linalg import block_krylov, spectrum
 
 
@@ -275,7 +275,7 @@ def test_arguments_are_obeyed_or_refused() -> None:
     with pytest.raises(ValueError, match="dimensions"):
         linalg.random_orthonormal(3, 4, generator=seeded())
     with pytest.raises(ValueError, match="side"):
-        linalg.resemblance(a, noise(10, 2), side="left")
+        lanczos.resemblance(a, noise(10, 2), side="left")
 
 
 def test_global_random_state_is_neither_read_nor_written() -> None:
@@ -297,17 +297,35 @@ def test_angles_overlap_knee() -> None:
     assert linalg.knee(torch.ones(2)) == 0
 
 
-def test_lanczos_measure_matches_the_moments_of_the_dense_one() -> None:
+def test_lanczos_matches_the_moments_of_the_dense_measure() -> None:
     a, x = planted(60, 40, [3.0, 3.0]).double(), noise(3, 40, 8).double()
-    nodes, weights = linalg.lanczos_measure(a, x, steps=6)
+    nodes, weights = lanczos.gauss_rule(lanczos.lanczos(a, x, 6))
     torch.testing.assert_close(weights.sum(1), torch.ones(3).double())
     _, sigma, right = torch.linalg.svd(a, full_matrices=False)
     masses = (x / x.norm(dim=1, keepdim=True) @ right.T).square()
     for degree in range(1, 12):
         found = (weights * nodes ** (2 * degree)).sum(1)
         torch.testing.assert_close(found, (masses * sigma ** (2 * degree)).sum(1))
-    top = right[:2].T
-    assert float(linalg.lanczos_measure(a, x, steps=6, deflated=top)[0].max()) < 1.2
+
+
+def test_the_measure_of_the_bulk_leaves_out_what_was_found() -> None:
+    a = planted(60, 40, [3.0, 3.0]).double()
+    _, sigma, right = torch.linalg.svd(a, full_matrices=False)
+    images = right[:2] @ a.T
+    basis = lanczos.Basis(a, right[:2], images, images @ a)
+    rest = lanczos.bulk(basis, sigma[:2], float(sigma[2:].square().sum()), seeded())
+    assert float(rest.nodes.max()) < 1.2
+    nodes, weights = rest.measure()
+    assert float(weights.sum()) == pytest.approx(40)
+    assert float((weights * nodes.square()).sum()) == pytest.approx(float(sigma.square().sum()))
+
+
+def test_panels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, x, y = noise(100, 70), noise(5, 70, 1), noise(5, 100, 2)
+    whole = (*lanczos.normal_product(a, x), lanczos.left_product(y, a))
+    monkeypatch.setattr(lanczos, "CACHED", 0)
+    pieces = (*lanczos.normal_product(a, x), lanczos.left_product(y, a))
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-3)
 
 
 def base_and_vectors(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -329,14 +347,14 @@ def base_and_vectors(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 def test_resemblance_bounds_the_dense_answer(m: int, n: int, side: str) -> None:
     w, left, right = base_and_vectors(m, n)
     x = left if side == "left" else right
-    dense, exact = linalg.resemblance(w, x, side=side)
+    dense, exact = lanczos.resemblance(w, x, side=side)
     assert exact
-    bound, exact = linalg.resemblance(w, x, side=side, limit=10)
+    bound, exact = lanczos.resemblance(w, x, side=side, limit=10)
     assert not exact
     assert bool((bound >= dense - 1e-3).all())
     torch.testing.assert_close(bound[:5] > 0.5, dense[:5] > 0.5)  # what resembles one, does
     assert bool((bound[5:] < 0.5).all())  # certified intruders
-    finer, _ = linalg.resemblance(w, x, side=side, limit=10, steps=60)
+    finer, _ = lanczos.resemblance(w, x, side=side, limit=10, steps=60)
     assert bool((finer <= bound + 1e-3).all())
 
 
@@ -351,6 +369,6 @@ def test_cuda_agrees_with_cpu(m: int, n: int) -> None:
     assert gpu.above_edge == cpu.above_edge
     assert gpu.left.device.type == "cuda"
     x = cpu.right[:, :4]
-    on_cpu, _ = linalg.resemblance(a, x, side="right", limit=10)
-    on_gpu, _ = linalg.resemblance(a.cuda(), x.cuda(), side="right", limit=10)
+    on_cpu, _ = lanczos.resemblance(a, x, side="right", limit=10)
+    on_gpu, _ = lanczos.resemblance(a.cuda(), x.cuda(), side="right", limit=10)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +14,12 @@ from torch import Tensor
 
 from projaudit.analyses import probes
 from projaudit.analyses.context import ProjectorContext
+from projaudit.analyses.nulls import gaussian_values, null_of, random_action, real_change
 from projaudit.analyses.probes import (
     AIMED_NORMS,
     BUDGET,
     NORMS,
     ProbeBudget,
-    gaussian_values,
-    null_of,
-    random_action,
     run_probes,
     typical_norm,
 )
@@ -31,16 +28,6 @@ from projaudit.linalg import random_orthonormal
 from projaudit.metrics import METRICS, Skip, Value
 from projaudit.projector import forward
 from projaudit.update import LayerUpdate, ProjectorUpdate, VectorUpdate
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices are tiny here: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 NAMES = [name for name, metric in METRICS.items() if metric.function.__module__ == probes.__name__]
 
@@ -177,7 +164,7 @@ def test_the_shift_is_what_the_two_projectors_differ_by(
     )
     inputs = typical_norm(update) * draw(6, 48, seed=2) / 48**0.5
     states = probes._states(update, inputs)
-    shift = probes._shift(update, probes._real(update), states)
+    shift = probes._shift(update, real_change(update), states)
     base = forward(update.chain, update.weights("before"), inputs)
     tuned = forward(update.chain, update.weights("after"), inputs)
     assert torch.equal(states[-1], base)

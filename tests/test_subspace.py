@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,20 +9,12 @@ import torch
 from test_probes import draw, noise, projector, spike, unit
 from torch import Tensor
 
-from projaudit import linalg
+from projaudit import lanczos
 from projaudit.analyses import subspace
 from projaudit.analyses.context import ProjectorContext
 from projaudit.linalg import overlap, random_orthonormal
 from projaudit.metrics import Skip, Value
 from projaudit.update import LayerUpdate
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layer(before: Tensor, delta: Tensor) -> LayerUpdate:
@@ -111,12 +102,12 @@ def test_a_subspace_that_is_the_whole_space_has_no_spread() -> None:
 
 @pytest.mark.parametrize("limit", [512, 16])  # exact, and by the certified bound
 def test_planted_directions_are_intruders(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = linalg.resemblance
+    exact = lanczos.resemblance
 
     def limited(w: Tensor, x: Tensor, *, side: str) -> tuple[Tensor, bool]:
         return exact(w, x, side=side, limit=limit)
 
-    monkeypatch.setattr(linalg, "resemblance", limited)
+    monkeypatch.setattr(lanczos, "resemblance", limited)
     base = noise(200, 160) * 160**0.5
     generator = torch.Generator().manual_seed(5)
     for count in (0, 1, 3):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from projaudit.analyses.probes import Responses, leading, null_of
+from projaudit.analyses.nulls import leading, null_of
+from projaudit.analyses.probes import Responses
 from projaudit.analyses.subspace import SUBSPACE_RANK
 from projaudit.findings import Null, Series
 from projaudit.metrics import Skip, Value, measures

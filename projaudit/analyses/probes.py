@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from projaudit.analyses.nulls import (
+    Change,
+    gaussian,
+    null_of,
+    random_change,
+    real_change,
+    unit,
+)
 from projaudit.analyses.subspace import SUBSPACE_RANK
-from projaudit.findings import Null, Series
+from projaudit.findings import Series
 from projaudit.metrics import Skip, Value, measures
 from projaudit.projector import activations, forward
 
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from projaudit.analyses.context import ProjectorContext
-    from projaudit.update import LayerUpdate, ProjectorUpdate
+    from projaudit.update import ProjectorUpdate
 
 NORMS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Input norms of the isotropic probes, in multiples of the typical one (see typical_norm)."""
@@ -31,7 +39,6 @@ NORMS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 AIMED_NORMS = (1.0, 16.0)
 """Those of the probes along ΔW1's own directions."""
 
-_JITTER = 1e-10  # of the Gram matrix of unit rows: a relative error of 1e-5 where rows are parallel
 _PROJLENS = "ProjLens, arXiv:2604.19083, §1.3"
 
 
@@ -107,17 +114,6 @@ class Probes:
     """Null kind -> draws."""
 
 
-@dataclass(frozen=True)
-class _Change:
-    """An update as the probes apply it: no dense matrix unless it is the real one."""
-
-    linear: Mapping[str, Callable[[Tensor], Tensor]]
-    """Role -> x ↦ ΔW x + Δb (rows are inputs). A random one may be called only once."""
-    read: Tensor
-    """Leading right singular vectors of ΔW1 (in × r)."""
-    written: Tensor
-
-
 # --- the probes -----------------------------------------------------------------------------------
 
 
@@ -154,11 +150,11 @@ def run_probes(update: ProjectorUpdate, budget: ProbeBudget = BUDGET) -> Probes:
     seed = int(torch.randint(2**62, (1,), generator=update.generator))
     generator = torch.Generator().manual_seed(seed)
     typical = typical_norm(update)
-    changes = [_real(update)]
+    changes = [real_change(update)]
     kinds = [kind for kind in ("equal_norm", "equal_spectrum") for _ in range(budget.draws)]
-    changes += [_random(update, kind, generator) for kind in kinds]
+    changes += [random_change(update, kind, generator) for kind in kinds]
     like = update.layers[0].before
-    isotropic = _unit(_gaussian(budget.directions, update.in_features, like, generator))
+    isotropic = unit(gaussian(budget.directions, update.in_features, like, generator))
     aimed = [_aimed(change.read, budget, generator) for change in changes]
     inputs = [_grid(isotropic, NORMS)]
     inputs += [_grid(rows, AIMED_NORMS) for groups in aimed for rows in groups.values()]
@@ -210,10 +206,10 @@ def _aimed(read: Tensor, budget: ProbeBudget, generator: Generator) -> dict[str,
     if read.shape[1] == 0:
         return {}
     singular = read[:, : budget.singular].T
-    mixed = _gaussian(budget.subspace, read.shape[1], read, generator) @ read.T
+    mixed = gaussian(budget.subspace, read.shape[1], read, generator) @ read.T
     both = singular.repeat_interleave(2, dim=0)
     both[1::2] *= -1  # +v1, −v1, +v2, …: the order of _names
-    return {"singular": both, "subspace": _unit(mixed)}
+    return {"singular": both, "subspace": unit(mixed)}
 
 
 def _names(group: str, count: int) -> tuple[str, ...]:
@@ -237,7 +233,7 @@ def _states(update: ProjectorUpdate, inputs: Tensor) -> list[Tensor]:
 
 
 def _responses(
-    update: ProjectorUpdate, change: _Change, states: list[Tensor], inputs: Mapping[str, Tensor]
+    update: ProjectorUpdate, change: Change, states: list[Tensor], inputs: Mapping[str, Tensor]
 ) -> Responses:
     shift, base = _shift(update, change, states), states[-1]
     groups, high, start = {}, [], 0
@@ -280,7 +276,7 @@ def leading_shifts(groups: Sequence[Tensor]) -> Tensor:
     return directions.float()
 
 
-def _shift(update: ProjectorUpdate, change: _Change, states: list[Tensor]) -> Tensor:
+def _shift(update: ProjectorUpdate, change: Change, states: list[Tensor]) -> Tensor:
     """P_tuned(x) − P_base(x) (n × out), given what the base computes on the way."""
     weights, delta = update.weights("before"), None
     for step, before, after in zip(update.chain, states, states[1:], strict=False):
@@ -292,143 +288,6 @@ def _shift(update: ProjectorUpdate, change: _Change, states: list[Tensor]) -> Te
             delta = forward((step,), weights, moved) - after
     assert delta is not None
     return delta
-
-
-# --- updates --------------------------------------------------------------------------------------
-
-
-def _real(update: ProjectorUpdate) -> _Change:
-    return _Change(
-        linear={
-            layer.role: partial(_dense, layer.delta, _bias_delta(layer)) for layer in update.layers
-        },
-        read=leading(update.layers[0]),
-        written=leading(update.layers[-1], left=True),
-    )
-
-
-def _random(update: ProjectorUpdate, kind: str, generator: Generator) -> _Change:
-    from projaudit.linalg import random_orthonormal
-
-    linear: dict[str, Callable[[Tensor], Tensor]] = {}
-    read, written = [], []
-    for layer in update.layers:
-        m, n = layer.before.shape
-        values = (
-            layer.spectrum.values
-            if kind == "equal_spectrum"
-            else gaussian_values(m, n, layer.spectrum.frobenius, SUBSPACE_RANK)
-        ).to(layer.before)
-        k = len(values)
-        left = random_orthonormal(m, k, generator=generator).to(layer.before)
-        right = random_orthonormal(n, k, generator=generator).to(layer.before)
-        energy = layer.spectrum.frobenius**2 - float(values.double().square().sum())
-        spread = math.sqrt(max(energy, 0.0) / max((m - k) * (n - k), 1))
-        bias = _bias_delta(layer)
-        if bias is not None:
-            bias = _redirected(bias, generator)
-        linear[layer.role] = partial(
-            random_action, left, values, right, spread, bias, generator=generator
-        )
-        read.append(right[:, : leading(layer).shape[1]])
-        written.append(left[:, : leading(layer, left=True).shape[1]])
-    return _Change(linear, read[0], written[-1])
-
-
-def random_action(
-    left: Tensor,
-    values: Tensor,
-    right: Tensor,
-    spread: float,
-    bias: Tensor | None,
-    x: Tensor,
-    *,
-    generator: Generator,
-) -> Tensor:
-    """ΔW x + Δb for ΔW = left·diag(values)·rightᵀ + (I − P) G (I − Q), Gᵢⱼ ~ N(0, spread²), unseen.
-
-    On fixed inputs X (n × in) G acts as Z·chol(XXᵀ)ᵀ with Z (out × n) standard normal: equal in
-    distribution to a dense draw, at n columns instead of `in`. P and Q project on left and right,
-    so that these are singular vectors of ΔW. One call is one ΔW: all inputs have to come in it.
-    """
-    import torch
-
-    along = x @ right
-    if not bool(torch.isfinite(x).all()):
-        return x.new_full((len(x), len(left)), math.nan)
-    rest = x.double()
-    rest = rest - (rest @ right.double()) @ right.double().T
-    length = rest.square().sum(1, keepdim=True).sqrt()
-    rest = rest / length.clamp_min(torch.finfo(torch.float64).tiny)
-    gram = rest @ rest.T
-    gram.diagonal().add_(_JITTER)
-    mixing = torch.linalg.cholesky(gram) * (spread * length)
-    bulk = mixing.to(x.dtype) @ _gaussian(len(x), left.shape[0], x, generator)
-    bulk = bulk - (bulk @ left) @ left.T
-    moved: Tensor = bulk + (along * values) @ left.T
-    return moved if bias is None else moved + bias
-
-
-def gaussian_values(m: int, n: int, frobenius: float, k: int) -> Tensor:
-    """(min(k, m, n),) leading singular values of an m × n Gaussian matrix of that Frobenius norm.
-
-    Quantiles (i − ½)/min(m, n) of the Marchenko–Pastur law, from above; they fluctuate by the
-    relative order min(m, n)^(−2/3), which is left out.
-    """
-    import torch
-
-    from projaudit.linalg import marchenko_pastur_density, marchenko_pastur_edge
-
-    least = min(m, n)
-    sigma = frobenius / math.sqrt(m * n)
-    if sigma == 0.0 or least == 1:
-        return torch.full((1,), frobenius, dtype=torch.float64)
-    low, high = sigma * abs(math.sqrt(m) - math.sqrt(n)), marchenko_pastur_edge(sigma, m, n)
-    # x = high − (high − low)·t² turns the square root of the density at the edge into a smooth one
-    t = torch.linspace(0, 1, 4097, dtype=torch.float64)
-    x = high - (high - low) * t.square()
-    density = marchenko_pastur_density(x, sigma, m, n) * t
-    above = torch.cumulative_trapezoid(density, t)
-    above = torch.cat([above.new_zeros(1), above / above[-1]])
-    wanted = (torch.arange(min(k, least), dtype=torch.float64) + 0.5) / least
-    values = x[torch.searchsorted(above, wanted).clamp_max(len(x) - 1)]
-    return values * min(1.0, frobenius / float(values.square().sum().sqrt()))
-
-
-def _dense(delta: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    moved = x @ delta.T
-    return moved if bias is None else moved + bias
-
-
-def _bias_delta(layer: LayerUpdate) -> Tensor | None:
-    """b1 − b0; a bias that one side lacks counts as zero. None where both lack it."""
-    if layer.before_bias is None:
-        return layer.after_bias
-    return -layer.before_bias if layer.after_bias is None else layer.after_bias - layer.before_bias
-
-
-def leading(layer: LayerUpdate, *, left: bool = False) -> Tensor:
-    """(in × r), (out × r) for `left`: at most 5 leading vectors of ΔW, values beyond rounding."""
-    spectrum = layer.spectrum
-    top = float(spectrum.values[0])
-    count = int((spectrum.values[:SUBSPACE_RANK] > 1e-4 * top).sum()) if top > 0 else 0
-    return (spectrum.left if left else spectrum.right)[:, :count]
-
-
-def _gaussian(rows: int, columns: int, like: Tensor, generator: Generator) -> Tensor:
-    import torch
-
-    return torch.randn(rows, columns, generator=generator).to(like)
-
-
-def _redirected(vector: Tensor, generator: Generator) -> Tensor:
-    """A random vector of the same norm."""
-    redirected: Tensor = _unit(_gaussian(1, len(vector), vector, generator))[0]
-    return redirected * vector.square().sum().sqrt()
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.square().sum(1, keepdim=True).sqrt()
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -583,18 +442,6 @@ def _each(statistic: Callable[[Response], float], responses: Iterable[Response])
         except Skip:  # what the update does and this draw does not: a shift
             continue
     return found
-
-
-def null_of(kind: str, values: Sequence[float]) -> Null | None:
-    """Mean and standard deviation (n − 1) of a statistic over random updates; None below two."""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < 2:
-        return None
-    mean = sum(finite) / len(finite)
-    square = sum((value - mean) ** 2 for value in finite) / (len(finite) - 1)
-    # where nothing varies but float32 rounding there is no z-score to be had
-    sd = math.sqrt(square) if math.sqrt(square) > 1e-6 * abs(mean) else 0.0
-    return Null(kind, mean, sd, len(finite))
 
 
 def _relative(response: Response, norm: float) -> float:

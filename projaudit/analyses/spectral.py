@@ -106,7 +106,7 @@ def series(layer: LayerUpdate) -> tuple[Series, ...]:
     A Gaussian update of equal norm is drawn at its expectation (Marchenko–Pastur quantiles); the
     update of equal spectrum has these very values, in random directions.
     """
-    from projaudit.analyses.probes import gaussian_values
+    from projaudit.analyses.nulls import gaussian_values
 
     spectrum, (m, n) = layer.spectrum, layer.delta.shape
     if spectrum.frobenius == 0.0:

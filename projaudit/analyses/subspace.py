@@ -11,7 +11,7 @@ from projaudit.metrics import Skip, Value, measures
 
 if TYPE_CHECKING:
     from projaudit.analyses.context import ProjectorContext
-    from projaudit.linalg import Spectrum, Triplets
+    from projaudit.linalg import Spectrum
     from projaudit.update import LayerUpdate
 
 SUBSPACE_RANK = 5
@@ -20,8 +20,6 @@ SUBSPACE_RANK = 5
 INTRUDER_RANK = 10
 INTRUDER_COSINE = 0.5
 """How many leading vectors are looked at, and what counts as resembling (PEFT's defaults)."""
-
-_BLOCK, _DEPTH = 16, 4
 
 
 @measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
@@ -50,7 +48,7 @@ def _base_overlap(layer: LayerUpdate, side: str) -> Value:
     spectrum = _changed(layer)
     k = min(SUBSPACE_RANK, len(spectrum.values))
     ours = (spectrum.left if side == "left" else spectrum.right)[:, :k]
-    base = _leading_base(layer)
+    base = layer.leading_base
     theirs = (base.left if side == "left" else base.right)[:, :k]
     return Value(overlap(ours, theirs), nulls=(_random_overlap(ours.shape[0], k),))
 
@@ -59,14 +57,16 @@ def _base_overlap(layer: LayerUpdate, side: str) -> Value:
 def intruder_dimensions(layer: LayerUpdate) -> Value:
     """Number of the 10 leading left singular vectors of W1 that none of W0 resembles (|cos| < 0.5).
 
-    Exact up to a smaller side of linalg.EXACT_LIMIT. Beyond it the largest cosine is replaced by
-    an upper bound (linalg.resemblance), so each one counted is certain and others may be missed;
-    `detail` gives the bound of each. LoRA makes such directions in honest fine-tunes as well.
+    Exact up to a smaller side of lanczos.EXACT_LIMIT. Beyond it the largest cosine is replaced by
+    an upper bound (lanczos.resemblance), so each one counted is certain and others may be missed,
+    as far as the sketch settled the vectors of W1; `detail` gives the bound of each. LoRA makes
+    such directions in honest fine-tunes as well.
     """
-    from projaudit.linalg import resemblance
+    from projaudit.lanczos import resemblance
+    from projaudit.linalg import leading
 
     _changed(layer)
-    tuned = _leading(layer, "after", INTRUDER_RANK)
+    tuned = leading(layer.after, INTRUDER_RANK, generator=layer.generator)
     cosines, exact = resemblance(layer.before, tuned.left, side="left")
     relation = "=" if exact else "≤"
     detail = tuple(
@@ -112,25 +112,6 @@ def _changed(layer: LayerUpdate) -> Spectrum:
     if layer.spectrum.frobenius == 0.0:
         raise Skip("the update is zero")
     return layer.spectrum
-
-
-def _leading_base(layer: LayerUpdate) -> Triplets:
-    """The leading triplets of W0, computed once per layer."""
-    kept = vars(layer)  # where cached_property keeps its values, too
-    if "_leading_base" not in kept:
-        kept["_leading_base"] = _leading(layer, "before", SUBSPACE_RANK)
-    found: Triplets = kept["_leading_base"]
-    return found
-
-
-def _leading(layer: LayerUpdate, side: str, k: int) -> Triplets:
-    from projaudit.linalg import block_krylov
-
-    weight = layer.before if side == "before" else layer.after
-    least = min(weight.shape)
-    depth = max(min(_DEPTH, least // _BLOCK), 1)
-    block = min(_BLOCK, least)
-    return block_krylov(weight, min(k, least), block=block, depth=depth, generator=layer.generator)
 
 
 def _random_overlap(n: int, k: int) -> Null:
