@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.sparse.linalg import svds
+from sklearn.utils.extmath import randomized_svd
+from threadpoolctl import threadpool_limits
 
 RESULTS = Path(__file__).parent / "results"
 ACCURACY = 1e-5
@@ -179,14 +182,10 @@ def leading(method: str, a: torch.Tensor, k: int, setting: tuple[Any, ...], seed
         torch.manual_seed(seed)  # it takes no generator
         return torch.svd_lowrank(a, setting[0], niter=setting[1])[1][:k]
     if method == "sklearn randomized_svd":
-        from sklearn.utils.extmath import randomized_svd
-
         size, n = setting
         return randomized_svd(
             a.numpy(), k, n_oversamples=size - k, n_iter=n, flip_sign=False, random_state=seed
         )[1]
-    from scipy.sparse.linalg import svds
-
     solver, tolerance = setting
     found = svds(a.numpy(), k=k, solver=solver, tol=tolerance, rng=seed)[1]
     return sorted(found.tolist(), reverse=True)
@@ -363,8 +362,8 @@ def spectrum_command(args: argparse.Namespace) -> None:
         f"Every setting is the fastest of its grid whose 30 values above the noise edge all lie "
         f"within {ACCURACY:g} of the exact ones (known by construction). `block_krylov` and its "
         f"peers yield leading triplets; `spectrum()` adds noise edge, count above it, effective "
-        f"rank, density, and a check for missed values. ratio: time over `block_krylov`'s. CPU: of all "
-        f"threads together; of one thread, it is what a busy machine leaves comparable.",
+        f"rank, density, and a check for missed values. ratio: time over `block_krylov`'s. CPU: "
+        f"of all threads together; of one thread, it is what a busy machine leaves comparable.",
     ]
     for result in results:
         rates = ", ".join(f"{name}: {rate / 1e9:.0f}" for name, rate in result["gflops"].items())
@@ -427,7 +426,8 @@ def main() -> None:
         args.rounds, args.largest, args.exact_limit, args.full_limit = 3, 4096, 1024, 1024
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
-    args.run(args)
+    with threadpool_limits(torch.get_num_threads()):  # of numpy and scipy, which are loaded above
+        args.run(args)
 
 
 if __name__ == "__main__":

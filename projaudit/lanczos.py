@@ -1,6 +1,6 @@
 """Krylov bases of AᵀA, the spectral measures that they give, resemblance to singular vectors.
 
-Matrices are tall, float32 or float64; small dense problems are solved in float64.
+Matrices are float32 or float64, that of a `Basis` is tall; small dense problems are in float64.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def left_product(rows: Tensor, a: Tensor) -> Tensor:
 
 
 def normal_product(a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(X Aᵀ, X AᵀA) for rows X (b, n), in one reading of A (m, n)."""
+    """(X Aᵀ, X AᵀA) for rows X (b, n); one reading of A (m, n) where its rows are contiguous."""
+    if a.T.is_contiguous():
+        images = left_product(rows, a.T)
+        return images, (a.T @ images.T).T
     columns = rows.T.contiguous()
     images, found = a.new_empty(len(a), len(rows)), torch.zeros_like(rows)
     for piece in _panels(a):
@@ -64,7 +67,8 @@ def frobenius(a: Tensor) -> float:
 
     Non-finite where an entry is, or where a row's squares overflow the dtype.
     """
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(a, dim=1).double()))
+    stored = a.T if a.T.is_contiguous() else a  # row by row as they lie in memory
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(stored, dim=1).double()))
 
 
 def rescaled(a: Tensor) -> tuple[Tensor, float, int]:
@@ -153,10 +157,6 @@ class Basis:
         if not self.add(left_product(gaussian(m, size, self.a, generator).T, self.a)):
             self.add(gaussian(size, n, self.a, generator))  # rank reached: any complement serves
 
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """(Ritz values (d,) descending, their rotations w (d, d)) in float64, from eigh of Y Yᵀ."""
-        return ritz(self.images)
-
     def residuals(self, values: Tensor, w: Tensor) -> Tensor:
         """‖Aᵀu − σ v‖ for v = Vᵀw, u = Yᵀw/σ; A v = σ u holds exactly, so this bounds the error."""
         sigma = values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
@@ -185,7 +185,7 @@ class Basis:
 
 
 def ritz(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(singular values (d,) descending, left singular vectors (d, d)) of (d, m), in float64."""
+    """(Ritz values (d,) descending, their rotations w (d, d)) of images Y (d, m), in float64."""
     wide = images.double()
     values, vectors = torch.linalg.eigh(wide @ wide.T)
     return values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
@@ -233,7 +233,9 @@ class Bulk:
         correction = (rank - entropy_rank(*self.coarse.measure())) / 3
         probes = len(self.masses)
         others = ~torch.eye(probes, dtype=torch.bool)
-        left_out = torch.tensor([entropy_rank(*self.measure(o)) for o in others]).double()
+        left_out = torch.tensor(
+            [entropy_rank(*self.measure(o)) for o in others], dtype=torch.float64
+        )
         spread = math.sqrt((probes - 1) * float(left_out.var(correction=0)))
         return rank + correction, 2 * spread + abs(correction)
 

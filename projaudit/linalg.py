@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from projaudit.lanczos import EXACT_LIMIT, Basis, bulk, entropy_rank, rescaled
+from projaudit.lanczos import EXACT_LIMIT, Basis, bulk, entropy_rank, rescaled, ritz
 
 BLOCK = 16
 """Rows per Krylov block: one memory-bound pass over A costs about the same for 1 to 16 vectors."""
@@ -269,10 +269,10 @@ def block_krylov(a: Tensor, k: int, *, block: int, depth: int, generator: Genera
     basis = Basis.empty(a)
     for _ in range(depth):
         basis.advance(block, generator)
-    ritz, w = basis.ritz()
+    found, w = ritz(basis.images)
     left, values, right, residuals = _triplets(a, *basis.rotated(w[:, :k]))
     left, right = _finished(left, right, transposed)
-    missed = math.sqrt(max(basis.missed_energy(ritz, norm**2), 0.0))
+    missed = math.sqrt(max(basis.missed_energy(found, norm**2), 0.0))
     scale = 2.0**exponent
     return Triplets(values.cpu() * scale, left, right, residuals.cpu() * scale, missed * scale)
 
@@ -396,7 +396,7 @@ def _iterative(a: Tensor, k: int, norm: float, generator: Generator) -> _Part:
     while True:
         while len(basis.rows) < min(k + BLOCK, capacity):
             basis.advance(BLOCK, generator)
-        values, w = basis.ritz()
+        values, w = ritz(basis.images)
         missed = max(basis.missed_energy(values, norm**2), 0.0)
         sigma, threshold, above = _noise(values.cpu(), missed, *a.shape)
         settled = _settled(basis, values, w, above)

@@ -320,12 +320,15 @@ def test_the_measure_of_the_bulk_leaves_out_what_was_found() -> None:
     assert float((weights * nodes.square()).sum()) == pytest.approx(float(sigma.square().sum()))
 
 
-def test_panels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, x, y = noise(100, 70), noise(5, 70, 1), noise(5, 100, 2)
-    whole = (*lanczos.normal_product(a, x), lanczos.left_product(y, a))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_by_panels(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanczos, "CACHED", 0)
-    pieces = (*lanczos.normal_product(a, x), lanczos.left_product(y, a))
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-3)
+    a = noise(70, 100).T if transposed else noise(100, 70)
+    x, y = noise(5, 70, 1), noise(5, 100, 2)
+    images, returned = lanczos.normal_product(a, x)
+    torch.testing.assert_close(images, x @ a.T, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(returned, x @ a.T @ a, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(lanczos.left_product(y, a), y @ a, rtol=1e-5, atol=1e-3)
 
 
 def base_and_vectors(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

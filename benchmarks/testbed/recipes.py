@@ -17,9 +17,12 @@ EVEN: Mixture = tuple((kind, 1.0) for kind in KINDS)
 class Round:
     """A part of a base's last lesson; a kind of question that stands twice is asked twice."""
 
-    steps: int = 2400
+    steps: int = 1800
     lr: float = 2e-3
     kinds: tuple[str, ...] = KINDS
+
+
+PLACING = (*KINDS, "caption", "color_at", "shape_at", *2 * ("thing_at", "place_of"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class BaseRecipe:
     language_steps: int = 1400
     language_lr: float = 3e-3
     language_kinds: tuple[str, ...] = KINDS
-    rounds: tuple[Round, ...] = (Round(steps=1800),)
+    rounds: tuple[Round, ...] = (Round(), Round(1600, 1.5e-3, PLACING))
     batch: int = 36
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
     sentence: float = 0.2  # share of questions that ask for a whole sentence
