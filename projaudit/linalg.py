@@ -278,11 +278,17 @@ def block_krylov(a: Tensor, k: int, *, block: int, depth: int, generator: Genera
 
 
 def leading(a: Tensor, k: int, *, generator: Generator) -> Triplets:
-    """The k leading triplets (k ≤ BLOCK) by a sketch of fixed effort, nine passes over A at most.
+    """The k leading triplets (k ≤ BLOCK): exact for a smaller side ≤ EXACT_LIMIT, else a sketch.
 
-    Near a value that has close neighbours the vectors are mixtures of theirs (see residuals).
+    The sketch has a fixed effort, nine passes over A at most. Near a value that has close
+    neighbours its vectors are mixtures of theirs (see residuals).
     """
     least = min(a.shape)
+    if least <= EXACT_LIMIT:
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
+        left, right = fix_signs(u[:, :k], vh[:k].T)
+        values = s[:k].double().cpu()
+        return Triplets(values, left, right, torch.zeros_like(values), float(s[k:].norm()))
     block = min(BLOCK, least)
     depth = min(4, least // block)
     return block_krylov(a, min(k, block), block=block, depth=depth, generator=generator)

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -444,6 +445,7 @@ def test_progress_is_for_terminals(pair):
 
     command = [sys.executable, "-m", "projaudit", "check", str(pair[0]), "--base", str(pair[1])]
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     shown = b""

@@ -21,6 +21,8 @@ INTRUDER_RANK = 10
 INTRUDER_COSINE = 0.5
 """How many leading vectors are looked at, and what counts as resembling (PEFT's defaults)."""
 
+_SETTLED = 1e-3  # residual of a singular vector, relative to its value
+
 
 @measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
 def base_overlap_left(layer: LayerUpdate) -> Value:
@@ -58,9 +60,10 @@ def intruder_dimensions(layer: LayerUpdate) -> Value:
     """Number of the 10 leading left singular vectors of W1 that none of W0 resembles (|cos| < 0.5).
 
     Exact up to a smaller side of lanczos.EXACT_LIMIT. Beyond it the largest cosine is replaced by
-    an upper bound (lanczos.resemblance), so each one counted is certain and others may be missed,
-    as far as the sketch settled the vectors of W1; `detail` gives the bound of each. LoRA makes
-    such directions in honest fine-tunes as well.
+    an upper bound (lanczos.resemblance), and vectors of W1 that the sketch did not settle (close
+    singular values, of which it gives a mixture) are not counted: others may be missed. `detail`
+    gives the bound of each, and how many were left out. LoRA makes intruders in honest fine-tunes
+    as well.
     """
     from projaudit.lanczos import resemblance
     from projaudit.linalg import leading
@@ -68,13 +71,16 @@ def intruder_dimensions(layer: LayerUpdate) -> Value:
     _changed(layer)
     tuned = leading(layer.after, INTRUDER_RANK, generator=layer.generator)
     cosines, exact = resemblance(layer.before, tuned.left, side="left")
+    settled = (tuned.residuals <= _SETTLED * tuned.values).tolist()
     relation = "=" if exact else "≤"
-    detail = tuple(
+    found = [
         f"singular vector {n}: |cos| {relation} {cosine:.3f}"
-        for n, cosine in enumerate(cosines.tolist(), 1)
-        if cosine < INTRUDER_COSINE
-    )
-    return Value(float(len(detail)), detail)
+        for n, (cosine, sure) in enumerate(zip(cosines.tolist(), settled, strict=True), 1)
+        if cosine < INTRUDER_COSINE and sure
+    ]
+    unsettled = settled.count(False)
+    left_out = [f"{unsettled} of {len(settled)} vectors not settled"] if unsettled else []
+    return Value(float(len(found)), (*found, *left_out))
 
 
 @measures("projector", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
