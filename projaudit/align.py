@@ -102,6 +102,11 @@ def hidden_scale(
     return torch.where(rescaled, row.exp(), torch.ones_like(row)) if rescaled.any() else None
 
 
+def far(before: Tensor, after: Tensor) -> bool:
+    """Whether ‖after − before‖F exceeds 0.3 ‖before‖F, as any rotation worth hiding behind does."""
+    return float((after - before).norm()) > 0.3 * float(before.norm())
+
+
 def output_rotation(
     before: Tensor, after: Tensor, embed_before: Tensor, embed_after: Tensor
 ) -> Tensor | None:
@@ -113,13 +118,11 @@ def output_rotation(
     R is the orthogonal Procrustes solution (Schönemann 1966).
     """
     change = float((after - before).norm() / before.norm())
-    if change < 0.3:
-        return None
     joint = embed_before @ before
     if float((embed_after @ after - joint).norm() / joint.norm()) > 0.3 * change:
         return None
     embed_change = float((embed_after - embed_before).norm() / embed_before.norm())
-    if embed_change < 0.3 * change:
+    if not far(before, after) or embed_change < 0.3 * change:
         return None
     # Few hidden units leave R undetermined; the embedding rows, rotated alike, complete it.
     left, _, right = torch.linalg.svd(

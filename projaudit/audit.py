@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from projaudit import __version__
 from projaudit.base import Candidate, candidates, lineage
 from projaudit.checkpoint import Checkpoint, open_checkpoint
-from projaudit.coverage import compare
+from projaudit.coverage import code_of, compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
-from projaudit.findings import Unevaluated
+from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate
 from projaudit.readings import Reading
-from projaudit.report import Coverage, ErrorRecord, Identity, Policy, Provenance, Report, Run
+from projaudit.report import (
+    Coverage,
+    ErrorRecord,
+    Identity,
+    Policy,
+    Provenance,
+    Report,
+    Run,
+    TensorRead,
+)
 from projaudit.session import Progress, Session, environment, find_device, settle
 from projaudit.source import Ref, Source, parse_ref
 
@@ -90,11 +99,24 @@ def check(
             return _report(session, ruleset, audit, asked, exit_zero, started)
 
 
-def failed(target: str, error: ProjauditError, policy: Policy | None = None) -> Report:
-    """The report of an audit that did not happen, so that every format can say why."""
+def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Report:
+    """The report of an audit that did not happen, so that every format can say why.
+
+    `asked` are the options of `check` as they were given.
+    """
+    try:
+        ref = parse_ref(target, asked.get("revision"))
+        identity = Identity(target, ref.kind, ref.repo or target, ref.revision)
+    except ProjauditError:
+        identity = Identity(target, "local", target)
     return Report(
-        target=Identity(target, "local", target),
-        policy=policy or Policy(DEFAULT_POLICY, "weights", "fail"),
+        target=identity,
+        policy=Policy(
+            str(asked.get("policy") or DEFAULT_POLICY),
+            "weights",
+            asked.get("fail_on") or "fail",
+            bool(asked.get("exit_zero")),
+        ),
         environment={"projaudit": __version__},
         settings={},
         run=Run(datetime.now(UTC).isoformat(timespec="seconds"), {}),
@@ -175,7 +197,7 @@ def _audit(
                     seed=session.settings.seed,
                 )
             )
-        facts = _facts(target, base, coverages[-1], found[0][1][0])
+        facts = _facts(target, base, coverages[-1], found[0][1])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
     return _Audit(target, bases, measured, coverages[0], device)
@@ -255,13 +277,20 @@ def _counterpart(projector: Projector, base: _Base) -> Side:
     return Side(base.checkpoint, base.checkpoint.readings[0], best, _name(base.checkpoint.source))
 
 
-def _facts(target: Checkpoint, base: _Base, coverage: Coverage, projector: Projector) -> Facts:
+def _facts(
+    target: Checkpoint, base: _Base, coverage: Coverage, projectors: Sequence[Projector]
+) -> Facts:
     from projaudit.analyses.structure import Facts
 
-    def roles(of: Projector) -> set[str]:
-        biases = {f"{layer.role}.bias" for layer in of.linears if layer.bias}
-        return biases | set(of.vectors)
+    def roles(of: Projector) -> dict[str, str]:
+        biases = {f"{layer.role}.bias": layer.bias for layer in of.linears if layer.bias}
+        return {**biases, **of.vectors}
 
+    added, missing = [], []
+    for projector in projectors:
+        ours, theirs = roles(projector), roles(_counterpart(projector, base).projector)
+        added += [*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())]
+        missing += [theirs[role] for role in theirs.keys() - ours.keys()]
     return Facts(
         target=_identity(target.source),
         base=_identity(base.checkpoint.source),
@@ -270,8 +299,9 @@ def _facts(target: Checkpoint, base: _Base, coverage: Coverage, projector: Proje
         circular=base.circular,
         coverage=coverage,
         checkpoint=target,
-        unexpected=projector.unexpected,
-        missing=sorted(roles(_counterpart(projector, base).projector) - roles(projector)),
+        code=code_of(target),
+        added=sorted(added),
+        missing=sorted(missing),
     )
 
 
@@ -293,6 +323,18 @@ def _identity(source: Source) -> Identity:
 def _name(source: Source) -> str:
     identity = _identity(source)
     return f"{identity.name}@{identity.commit}" if identity.commit else identity.name
+
+
+def _locations(subject: str, tensors: Sequence[TensorRead]) -> tuple[Location, ...]:
+    """The bytes of the target that a layer or a projector is; none for the checkpoint."""
+    projector, _, role = subject.partition("/")
+    return tuple(
+        Location(read.file, read.name, read.start, read.stop)
+        for read in tensors
+        if read.side == "target"
+        and read.projector == projector
+        and (not role or read.role == role or read.role.startswith(f"{role}."))
+    )
 
 
 def _report(
@@ -317,6 +359,10 @@ def _report(
     if ruleset.depth == "behaviour":
         reason = "this version probes no behaviour; the preset `structure` asks for none"
         unevaluated = (*unevaluated, Unevaluated("behaviour", "checkpoint", reason))
+    findings = tuple(
+        replace(finding, locations=_locations(finding.subject, measured.tensors))
+        for finding in findings
+    )
     traffic = [opened.traffic for opened in session.sources]
     return Report(
         target=_identity(source),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from projaudit.errors import BaseError, FormatError, NotFoundError, ProjauditError
+from projaudit.errors import BaseError, FormatError, ProjauditError
 from projaudit.inert import clean
 from projaudit.report import Claim, Provenance
 from projaudit.source import Ref, Source, parse_ref
@@ -100,12 +100,15 @@ def _claims(
     if "adapter_config.json" in target.files:
         data = target.read_small("adapter_config.json", _CONFIG_LIMIT)
         adapter = load_json(data, file="adapter_config.json")
-        if isinstance(adapter, dict):
-            add(
-                "adapter_config.json",
-                adapter.get("base_model_name_or_path"),
-                adapter.get("revision"),
+        named = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else 0
+        if not isinstance(adapter, dict) or not isinstance(named, (str, type(None))):
+            raise FormatError(
+                "does not name a base as adapter configs do",
+                "adapter",
+                file="adapter_config.json",
+                field="base_model_name_or_path",
             )
+        add("adapter_config.json", named, adapter.get("revision"))
     for repo, _ in getattr(target, "base_models", ()):
         add("Hub lineage", repo)
     for tag in getattr(target, "tags", ()):
@@ -120,8 +123,8 @@ def _claims(
                 raise
             problems.append(str(error))
         else:
-            named = card.get("base_model")
-            for value in named if isinstance(named, list) else [named]:
+            claimed = card.get("base_model")
+            for value in claimed if isinstance(claimed, list) else [claimed]:
                 add("model card", value)
     if config is not None and not found:
         add("config.json", config.get("_name_or_path"))
@@ -154,7 +157,7 @@ def lineage(
             return tuple(chain), True
         try:
             ancestor = open_source(Ref(f"hf://{parent}", "hub", None, parent, None))
-        except NotFoundError:
+        except ProjauditError:
             break
         if seen & _names(ancestor):
             return tuple(chain), True

@@ -49,11 +49,6 @@ class Checkpoint:
     headers: Mapping[str, Header] = field(repr=False)
     """By file, of every file whose header was read."""
 
-    @property
-    def quantized(self) -> bool:
-        """Whether config.json makes a loader rewrite weights as it loads them."""
-        return any(item.kind == "quantized" for item in self.ambiguities)
-
 
 @dataclass(frozen=True)
 class Stored:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import sys
@@ -28,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with the status of design: 0 1 2 3 4, 70 a bug, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Greek is no bug
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not cli.main: it turns a closed standard output into a silent exit of its own.
         words = list(sys.argv[1:] if arguments is None else arguments)
@@ -38,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = 0
     except ProjauditError as error:
         status = _complain(str(error), error.code, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        status = 0
     except click.UsageError as error:
         hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
         status = _complain(error.format_message() + hint, "usage.option", 4)
@@ -48,17 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         limit = LimitError("there is not enough memory for this audit", "memory")
         status = _complain(str(limit), limit.code, limit.exit_code)
-    except BrokenPipeError:
-        status = _complain("standard output is closed", "usage.output", 4)
     except OSError as error:
-        if not _closed_stdout(error):
-            status = _bug(error)
-        else:
+        if error.filename is None and error.errno in (errno.EBADF, errno.EPIPE, errno.ENOSPC):
             status = _complain("standard output cannot be written", "usage.output", 4)
+        elif error.filename is not None and error.strerror:
+            status = _complain(f"{clean(error.filename, 80)}: {error.strerror}", "usage.path", 4)
+        else:
+            status = _bug(error)
     except Exception as error:
         status = _bug(error)
     _silence(sys.stdout)
-    sys.exit(status or 0)
+    sys.exit(status)
 
 
 def _complain(message: str, code: str, status: int) -> int:
@@ -79,19 +87,28 @@ def _bug(error: BaseException) -> int:
     )
 
 
-def _closed_stdout(error: OSError) -> bool:
-    import errno
-
-    return error.filename is None and error.errno in (errno.EBADF, errno.EPIPE, errno.ENOSPC)
-
-
 def _silence(stream: Any) -> None:
     """Keeps the interpreter from complaining about a closed stream as it exits."""
+    if stream is None:
+        return
     try:
         stream.flush()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1 if stream is sys.stdout else 2)
+
+
+def _print(text: str, **style: Any) -> None:
+    """Text to standard output; a closed one is an error, since a report would go unread."""
+    if sys.stdout is None:
+        raise UsageError("standard output is closed", "output")
+    click.echo(text, **style)
+
+
+class _Line(click.types.StringParamType):
+    """A text; in the environment, several stand on lines of their own."""
+
+    envvar_list_splitter = "\n"
 
 
 def _option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
@@ -144,6 +161,7 @@ def cli() -> None:
     "--target-text",
     "target_texts",
     multiple=True,
+    type=_Line(),
     metavar="TEXT",
     help="Compare shifts with the embeddings of this text's tokens.",
 )
@@ -167,122 +185,139 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     projaudit check org/model@v2 --base org/base@main --format html -o report.html
     projaudit check ./model --base ./base --fail-on review
     """
-    formats = options.pop("formats")
     output, quiet, verbose = (options.pop(k) for k in ("output", "quiet", "verbose"))
-    formats = formats or _policy_formats(options["policy"])
-    paths = _paths(output, formats, target)
     if options["policy"] is None:
-        del options["policy"]
+        options["policy"] = "structure"
+    formats = options.pop("formats") or _policy_formats(options["policy"])
+    paths = _paths(output, formats, target)
     from projaudit.audit import check as run
     from projaudit.audit import failed
 
-    progress = _Progress(enabled=not quiet and sys.stderr.isatty())
+    progress = _Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
+    notify = None if quiet else progress.say
     try:
         with progress:
-            report = run(target, progress=progress, notify=progress.say, **options)
+            report = run(target, progress=progress, notify=notify, **options)
     except ProjauditError as error:
-        if "json" in formats:
-            _deliver(failed(target, error), paths, ("json",), quiet=True)
+        report = failed(target, error, options)
+        _deliver(report, paths, quiet=True)
+        if report.exit_code != error.exit_code:  # --exit-zero, and nothing to audit
+            _complain(str(error), error.code, 0)
+            ctx.exit(report.exit_code)
         raise
-    _deliver(report, paths, formats, quiet=quiet)
+    _deliver(report, paths, quiet=quiet)
     if verbose:
         _tell_cost(report)
     ctx.exit(report.exit_code)
 
 
-def _policy_formats(policy: str | None) -> tuple[str, ...]:
-    """The formats that a policy file asks for; text where there is none."""
-    if policy is None:
-        return ("text",)
+def _policy_formats(policy: str) -> tuple[str, ...]:
+    """The formats that a policy file asks for, none where it does not say."""
+    if policy in ("structure", "default"):
+        return ()
     from projaudit.analyses import METRICS
     from projaudit.policy import load_policy
 
-    wanted = load_policy(policy, METRICS).options.get("format", ["text"])
+    wanted = load_policy(policy, METRICS).options.get("format", [])
     names = tuple(wanted) if isinstance(wanted, list) else (wanted,)
-    if not names or any(name not in _FORMATS for name in names):
-        raise UsageError(f"is none of {', '.join(_FORMATS)}", "policy", file=policy, field="format")
+    if any(name not in _FORMATS for name in names):
+        raise UsageError(
+            f"is none of {', '.join(_FORMATS)}", "policy", file=clean(policy), field="format"
+        )
     return names
 
 
 def _paths(output: str | None, formats: Sequence[str], target: str) -> dict[str, Path | None]:
-    """Format -> file to write, None for standard output; refuses what cannot be written."""
+    """Format -> file to write, None for standard output; refuses what cannot be written.
+
+    A path with a suffix is one file, whose suffix is its format; any other is a folder.
+    """
     from projaudit.formats import FORMATS
 
+    formats = list(dict.fromkeys(formats))
     if output is None:
-        if len(set(formats)) > 1:
+        if len(formats) > 1:
             raise UsageError("several formats need a folder to go to", "output", field="-o")
-        return dict.fromkeys(formats)
-    path = Path(output)
-    suffixes = {known.suffix for known in FORMATS.values()}
-    files = [name for name in dict.fromkeys(formats) if name != "text"] or ["text"]
-    is_file = path.suffix in suffixes and not output.endswith(os.sep)
-    if is_file and path.is_dir():
-        raise UsageError("is a directory", "output", file=clean(output), field="-o")
-    if is_file and len(files) > 1:
-        raise UsageError("is one file for several formats", "output", file=clean(output))
+        return dict.fromkeys(formats or ["text"])
+
+    def wrong(message: str) -> UsageError:
+        return UsageError(message, "output", file=clean(output) or None, field="-o")
+
+    path, by_suffix = Path(output), {known.suffix: name for name, known in FORMATS.items()}
     chosen: dict[str, Path | None]
-    if is_file:
-        chosen = {files[0]: path}
+    if not output:
+        raise wrong("is empty")
+    known_suffix = path.suffix in by_suffix
+    if path.suffix and not output.endswith(os.sep) and (known_suffix or not path.is_dir()):
+        if path.is_dir():
+            raise wrong("is a directory")
+        if not known_suffix:
+            raise wrong(f"ends in none of {', '.join(by_suffix)}; end a folder's name with a /")
+        name = by_suffix[path.suffix]
+        if formats not in ([], [name]):
+            raise wrong(f"is a file for {name}, not for {', '.join(formats)}")
+        chosen = {name: path}
     else:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "--", target.removeprefix("hf://")).strip("-.")
-        chosen = {name: path / f"{stem[-100:] or 'report'}{FORMATS[name].suffix}" for name in files}
+        stem = stem[-100:] or "report"
+        files = [name for name in formats if name != "text"] or ["text"]
+        chosen = {name: path / f"{stem}{FORMATS[name].suffix}" for name in files}
     for file in chosen.values():
-        assert file is not None
-        _check_writable(file)
-    return {"text": None, **chosen}
+        _check_writable(file, wrong)
+    return {**dict.fromkeys(["text"]), **chosen}
 
 
-def _check_writable(file: Path) -> None:
-    """Makes the folder and tries it, so that an audit is not run for a report that has no place."""
+def _check_writable(file: Path | None, wrong: Callable[[str], UsageError]) -> None:
+    """Tries the nearest folder that exists, before an audit is run for nothing."""
+    assert file is not None
     try:
         if file.is_dir():
-            raise UsageError("is a directory", "output", file=clean(file), field="-o")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".projaudit-"):
+            raise wrong("is a directory")
+        folder = next(parent for parent in file.absolute().parents if parent.exists())
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".projaudit-"):
             pass
     except OSError as error:
-        raise UsageError(
-            f"cannot be written: {error.strerror}", "output", file=clean(file), field="-o"
-        ) from None
+        raise wrong(f"cannot be written: {error.strerror}") from None
 
 
 def _write(file: Path, text: str) -> None:
     """Writes a report whole or not at all."""
+    draft = None
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mask = os.umask(0)
+        os.umask(mask)
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=file.parent, prefix=".projaudit-", delete=False
         ) as draft:
             draft.write(text)
-        Path(draft.name).chmod(0o644)
+        Path(draft.name).chmod(0o666 & ~mask)
         Path(draft.name).replace(file)
+        draft = None
     except OSError as error:
         raise UsageError(
             f"cannot be written: {error.strerror}", "output", file=clean(file)
         ) from None
+    finally:
+        if draft is not None:
+            Path(draft.name).unlink(missing_ok=True)
 
 
-def _deliver(
-    report: Report, paths: dict[str, Path | None], formats: Sequence[str], *, quiet: bool
-) -> None:
-    from projaudit.formats import FORMATS
+def _deliver(report: Report, paths: dict[str, Path | None], *, quiet: bool) -> None:
+    """Writes the files, then prints what has no file; `quiet` leaves out the text."""
+    from projaudit.formats import FORMATS, text
 
-    for name, file in paths.items():
-        if file is not None and (report.error is None or name in formats):
-            _write(file, FORMATS[name].render(report))
-    to_stdout = [name for name, file in paths.items() if file is None]
-    for name in to_stdout:
-        if name == "text" and (quiet or report.error is not None):
-            continue
-        if name == "text":
-            from projaudit.formats import text
-
-            click.echo(text.render(report, color=_color()), nl=False, color=_color())
-        elif name in formats:
-            click.echo(FORMATS[name].render(report), nl=False)
+    written = {name: file for name, file in paths.items() if file is not None}
+    for name, file in written.items():
+        _write(file, FORMATS[name].render(report))
+    for name in paths.keys() - written.keys():
+        if name != "text":
+            _print(FORMATS[name].render(report), nl=False)
+        elif not quiet:
+            _print(text.render(report, color=_color()), nl=False, color=_color())
     if not quiet:
-        for name, file in paths.items():
-            if file is not None:
-                click.echo(f"{name:<9} {clean(file)}")
+        for name, file in written.items():
+            _print(f"{name:<9} {clean(file)}")
 
 
 def _color() -> bool:
@@ -345,7 +380,7 @@ def rules() -> None:
 def list_rules(folder: Path | None) -> None:
     """One line per rule: severity, id, title."""
     for rule in sorted(_known_rules(folder), key=lambda r: (-r.severity, r.id)):
-        click.echo(f"{rule.severity.label:<9} {rule.id:<28} {clean(rule.title)}")
+        _print(f"{rule.severity.label:<9} {rule.id:<28} {clean(rule.title)}")
 
 
 @rules.command("show")
@@ -360,18 +395,18 @@ def show_rule(rule: str, folder: Path | None) -> None:
     import textwrap
 
     indent = "  "
-    click.echo(f"{found.id}: {clean(found.title)}")
-    click.echo(f"  severity {found.severity.label}, confidence {found.confidence.value}")
+    _print(f"{found.id}: {clean(found.title)}")
+    _print(f"  severity {found.severity.label}, confidence {found.confidence.value}")
     if found.inconclusive:
-        click.echo("  takes the ground from under a pass")
-    click.echo(f"  when     {condition_text(found.when)}")
+        _print("  takes the ground from under a pass")
+    _print(f"  when     {condition_text(found.when)}")
     for text in (found.message, found.why, found.remedy):
-        click.echo()
-        click.echo(
+        _print("")
+        _print(
             textwrap.fill(clean(text, 2000), 88, initial_indent=indent, subsequent_indent=indent)
         )
     if found.references:
-        click.echo(f"\n  {', '.join(clean(r) for r in found.references)}")
+        _print(f"\n  {', '.join(clean(r) for r in found.references)}")
 
 
 @rules.command("test")
@@ -380,7 +415,7 @@ def test_rules(folder: Path | None) -> None:
     """Load rules and run their own examples; a rule that cannot fire or stay quiet is an error."""
     found = _known_rules(folder)
     examples = sum(len(rule.fires) + len(rule.passes) for rule in found)
-    click.echo(f"{len(found)} rules, {examples} examples: all behave as written")
+    _print(f"{len(found)} rules, {examples} examples: all behave as written")
 
 
 @rules.command("metrics")
@@ -390,7 +425,7 @@ def list_metrics() -> None:
 
     for metric in METRICS.values():
         unit = f" [{metric.unit}]" if metric.unit else ""
-        click.echo(f"{metric.subject:<10} {metric.name:<28} {metric.formula}{unit}")
+        _print(f"{metric.subject:<10} {metric.name:<28} {metric.formula}{unit}")
 
 
 def condition_text(condition: Any) -> str:
@@ -406,10 +441,13 @@ def condition_text(condition: Any) -> str:
 def _known_rules(folder: Path | None) -> Any:
     from projaudit.analyses import METRICS
     from projaudit.data import data_path
+    from projaudit.policy import load_policy
     from projaudit.rules import load_rules
 
     own = load_rules(data_path("rules"), METRICS)
-    return own if folder is None else (*own, *load_rules(folder, METRICS))
+    if folder is None or folder.resolve() == data_path("rules").resolve():
+        return own
+    return load_policy("structure", METRICS, folder).rules
 
 
 @cli.command()
@@ -419,6 +457,7 @@ def demo(output: str, seed: int) -> None:
     """Check a small trained LLaVA's honest and backdoored fine-tune, both against their base."""
     from projaudit.demo import run
 
-    _check_writable(Path(output) / "honest.html")
+    place = Path(output) / "honest.html"
+    _check_writable(place, lambda what: UsageError(what, "output", file=clean(output)))
     for line in run(Path(output), seed, write=_write):
-        click.echo(line)
+        _print(line)

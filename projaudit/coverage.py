@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from projaudit.checkpoint import Checkpoint
+from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.report import Coverage, Part, PartStatus
 from projaudit.safetensors_header import TensorInfo
@@ -21,7 +23,7 @@ _WINDOWS = 3
 _SMALL_FILE = 16 << 20
 _NAMED = 20
 
-# What a key is where config.json does not say; a key absent on one side is otherwise no change.
+# What a key is where config.json does not say; None: absent is not the same as any value.
 _CONFIG: Mapping[str, Any] = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
@@ -29,9 +31,6 @@ _CONFIG: Mapping[str, Any] = {
     "vision_feature_layer": -2,
     "vision_feature_layers": None,
     "vision_feature_select_strategy": "default",
-    "image_token_index": None,
-    "image_token_id": None,
-    "image_seq_length": None,
     "image_grid_pinpoints": None,
     "mm_projector_type": None,
     "mm_vision_select_layer": None,
@@ -39,31 +38,44 @@ _CONFIG: Mapping[str, Any] = {
     "mm_patch_merge_type": None,
     "mm_use_im_start_end": None,
     "mm_use_im_patch_token": None,
-    "vision_config.model_type": None,
-    "vision_config.hidden_act": None,
-    "vision_config.hidden_size": None,
-    "vision_config.image_size": None,
-    "vision_config.patch_size": None,
-    "vision_config.layer_norm_eps": None,
-    "vision_config.num_hidden_layers": None,
 }
-_PREPROCESSOR: Mapping[str, Any] = dict.fromkeys(
-    (
-        "image_mean",
-        "image_std",
-        "do_normalize",
-        "do_rescale",
-        "rescale_factor",
-        "do_resize",
-        "resample",
-        "size",
-        "do_center_crop",
-        "crop_size",
-        "do_convert_rgb",
-        "image_aspect_ratio",
-        "image_grid_pinpoints",
-    )
+# Of these a config may leave out any, and what they are then depends on the tower's class.
+_TOWER: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "image_size": 224,
+        "layer_norm_eps": 1e-5,
+        "num_hidden_layers": 12,
+        "patch_size": 32,
+    },
+    "siglip_vision_model": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 768,
+        "image_size": 224,
+        "layer_norm_eps": 1e-6,
+        "num_hidden_layers": 12,
+        "patch_size": 16,
+    },
+}
+_PREPROCESSOR = (
+    "image_processor_type",
+    "image_mean",
+    "image_std",
+    "do_normalize",
+    "do_rescale",
+    "rescale_factor",
+    "do_resize",
+    "resample",
+    "size",
+    "do_center_crop",
+    "crop_size",
+    "do_convert_rgb",
+    "image_aspect_ratio",
+    "image_grid_pinpoints",
 )
+_PROCESSOR = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+_MAPPED = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 _VISION = {
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder",
     "audio_tower", "audio_model", "image_tower", "video_tower",
@@ -95,11 +107,14 @@ def compare(
         for name, info in here.items()
         if name in there
     }
-    parts = [_part(part, here, states) for part in ("vision tower", "language model", "other")]
+    gone = {name: info for name, info in there.items() if name not in here}
+    parts = [
+        _part(part, here, gone, states) for part in ("vision tower", "language model", "other")
+    ]
     if not here and there:
         how = "the target holds nothing but the projector"
         parts = [Part("rest of the model", "not-looked-at", how, len(there), 0)]
-        there = {}
+        gone = {}
     projector = [t for n, t in target.readings[0].tensors.items() if n in audited]
     parts.insert(
         0,
@@ -116,7 +131,7 @@ def compare(
         config_compared=target.config is not None and base.config is not None,
         config_changes=tuple(_config_changes(target, base)),
         tensors_added=tuple(sorted(here[n].name for n in here.keys() - there.keys())),
-        tensors_removed=tuple(sorted(there[n].name for n in there.keys() - here.keys())),
+        tensors_removed=tuple(sorted(info.name for info in gone.values())),
     )
 
 
@@ -180,17 +195,25 @@ def _windows(length: int, whole: bool, rng: random.Random) -> Iterator[tuple[int
         yield start, start + _WINDOW
 
 
-def _part(part: str, here: Mapping[str, TensorInfo], states: Mapping[str, PartStatus]) -> Part:
+def _part(
+    part: str,
+    here: Mapping[str, TensorInfo],
+    gone: Mapping[str, TensorInfo],
+    states: Mapping[str, PartStatus],
+) -> Part:
     names = [n for n in here if _part_of(n) == part]
     found = [states[n] for n in names if n in states]
-    differing = sorted(here[n].name for n in names if states.get(n) == "differs")
+    changed = sorted(here[n].name for n in names if states.get(n) == "differs")
+    new = sorted(here[n].name for n in names if n not in states)
+    missing = sorted(info.name for n, info in gone.items() if _part_of(n) == part)
     unseen = found.count("not-looked-at")
-    new = len(names) - len(found)
+    differing = [*changed, *new, *missing]
     status: PartStatus
     if differing:
-        status, how = "differs", f"{len(differing)} of {len(names)} tensors differ"
-    elif new:
-        status, how = "differs", f"{new} of {len(names)} tensors are not in the base"
+        status = "differs"
+        counts = {"differ": changed, "are new": new, "are missing": missing}
+        listed = ", ".join(f"{len(which)} {verb}" for verb, which in counts.items() if which)
+        how = f"of {len(names)} tensors {listed}"
     elif unseen:
         status, how = "not-looked-at", f"{unseen} of {len(names)} tensors were not read"
     elif "sampled-equal" in found:
@@ -202,7 +225,7 @@ def _part(part: str, here: Mapping[str, TensorInfo], states: Mapping[str, PartSt
         name=part if part != "other" else "other tensors",
         status=status,
         how=how,
-        tensors=len(names),
+        tensors=len(names) + len(missing),
         bytes=_bytes([here[n] for n in names]),
         differing=tuple(differing[:_NAMED]),
     )
@@ -252,38 +275,83 @@ def _git_oid(data: bytes) -> str:
 
 
 def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
-    yield from _changed_keys("", target.config, base.config, _CONFIG)
-    ours, theirs = (_preprocessor(side.source) for side in (target, base))
-    yield from _changed_keys("preprocessor: ", ours, theirs, _PREPROCESSOR)
+    ours, theirs = target.config, base.config
+    if ours is not None and theirs is not None:
+        yield from _changed_keys("", ours, theirs, _CONFIG)
+        yield from _changed_keys("", _token(ours), _token(theirs), {"image_token_index": 32000})
+        towers = [_mapping(config.get("vision_config")) for config in (ours, theirs)]
+        kinds = [str(tower.get("model_type", "")) for tower in towers]
+        if kinds[0] != kinds[1] and all(kinds):
+            yield f"vision_config.model_type: {clean(kinds[1], 60)} → {clean(kinds[0], 60)}"
+        known = dict.fromkeys(_TOWER["clip_vision_model"]) | dict(
+            _TOWER.get(kinds[0] or kinds[1], {})
+        )
+        yield from _changed_keys("vision_config.", towers[0], towers[1], known)
+    # A target that brings nothing but weights is fed by whatever the base brings.
+    files = [
+        [read(side.source) for side in (target, base)] for read in (_image_processor, _processor)
+    ]
+    for label, (mine, other), keys in zip(
+        ("preprocessor: ", "processor: "), files, (_PREPROCESSOR, _PROCESSOR), strict=True
+    ):
+        if mine is not None or other is not None:
+            yield from _changed_keys(label, mine or {}, other or {}, dict.fromkeys(keys))
 
 
-def _preprocessor(source: Source) -> Mapping[str, Any] | None:
-    places = (("preprocessor_config.json", ""), ("processor_config.json", "image_processor"))
-    for path, key in places:
-        if path in source.files:
-            found = load_json(source.read_small(path, _SMALL_FILE), file=path)
-            inner = found.get(key) if key and isinstance(found, dict) else found
-            if isinstance(inner, dict):
-                return inner
-    return None
+def _token(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The placeholder's token id, under either of its two names."""
+    return {"image_token_index": config.get("image_token_index", config.get("image_token_id"))}
+
+
+def _image_processor(source: Source) -> Mapping[str, Any] | None:
+    """What images are prepared with: the processor's own part wins, as in transformers 5."""
+    nested = _mapping(_json(source, "processor_config.json").get("image_processor"))
+    return nested or _json(source, "preprocessor_config.json") or None
+
+
+def _processor(source: Source) -> Mapping[str, Any] | None:
+    return _json(source, "processor_config.json") or None
+
+
+def _json(source: Source, path: str) -> Mapping[str, Any]:
+    """The object in a JSON file of the repository, empty where there is no such file."""
+    if path not in source.files:
+        return {}
+    found = load_json(source.read_small(path, _SMALL_FILE), file=path)
+    if not isinstance(found, dict):
+        raise FormatError("is no JSON object", "config", file=path)
+    return found
+
+
+def code_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Python files and `auto_map` entries of the repository: what remote code would run."""
+    files = sorted(path for path in checkpoint.source.files if path.endswith(".py"))
+    configs = [("config.json", checkpoint.config or {})]
+    configs += [(path, _json(checkpoint.source, path)) for path in _MAPPED]
+    mapped = [f"{path}: {where}" for path, config in configs for where in _auto_maps(config)]
+    return (*mapped, *files)
+
+
+def _auto_maps(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if key == "auto_map" and value:
+            yield f"{path}auto_map"
+        elif isinstance(value, Mapping):
+            yield from _auto_maps(value, f"{path}{key}.")
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _changed_keys(
-    where: str,
-    ours: Mapping[str, Any] | None,
-    theirs: Mapping[str, Any] | None,
-    keys: Mapping[str, Any],
+    where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: Mapping[str, Any]
 ) -> Iterator[str]:
-    if ours is None or theirs is None:
-        return
     for key, default in keys.items():
-        new, old = (_look_up(side, key, default) for side in (ours, theirs))
-        if new is not None and old is not None and new != old:
-            yield f"{where}{key}: {clean(old, 60)} → {clean(new, 60)}"
+        new, old = (default if side.get(key) is None else side[key] for side in (ours, theirs))
+        if new != old:
+            yield f"{where}{key}: {_shown(old)} → {_shown(new)}"
 
 
-def _look_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
-    value: Any = config
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return default if value is None else value
+def _shown(value: object) -> str:
+    return "absent" if value is None else clean(json.dumps(value), 60)

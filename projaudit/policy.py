@@ -27,10 +27,17 @@ from projaudit.rules import (
     text_of,
 )
 
-OPTIONS = frozenset(
-    {"base", "base_revision", "device", "rank", "seed", "offline", "verify", "format"}
-)
-"""Options of `check` that a policy file may set."""
+OPTIONS: Mapping[str, tuple[type, ...]] = {
+    "base": (str,),
+    "base_revision": (str,),
+    "device": (str,),
+    "rank": (int,),
+    "seed": (int,),
+    "offline": (bool,),
+    "verify": (str,),
+    "format": (str, list),
+}
+"""Options of `check` that a policy file may set, with the types of their values."""
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KEYS = {
     "name", "extends", "depth", "fail_on", "disable", "thresholds", "inconclusive", "pins",
@@ -103,7 +110,7 @@ def _policy(source: str | Path, rules: Mapping[str, Rule], depth: int) -> RuleSe
         raise wrong(f"unknown key; known are {', '.join(sorted(_KEYS))}", clean(unknown[0]))
     if "extends" in entry:
         parent = text_of(entry, "extends", wrong)
-        if parent not in presets() or parent == file.stem:
+        if parent not in presets() or (named and parent == source):
             raise wrong(f"is no preset; presets are {', '.join(presets())}", "extends")
         start = _policy(parent, rules, depth + 1)
     else:
@@ -180,9 +187,11 @@ def _pins(entry: Mapping[str, Any], wrong: Wrong) -> dict[str, str]:
 
 def _options(entry: Mapping[str, Any], wrong: Wrong) -> dict[str, Any]:
     options = mapping(entry.get("options", {}), wrong, "options")
-    for key in options:
+    for key, value in options.items():
         if key not in OPTIONS:
             raise wrong(f"unknown option {clean(key)}", "options")
+        if type(value) not in OPTIONS[key]:
+            raise wrong(f"{key} has a value of the wrong type", "options")
     return dict(options)
 
 

@@ -34,8 +34,6 @@ class Family:
     chain: tuple[str, ...]
     act_keys: tuple[str, ...]
     act_default: str
-    in_keys: tuple[str, ...]
-    out_keys: tuple[str, ...]
     source: str
 
 
@@ -65,8 +63,6 @@ class Projector:
     """Forward path: roles, and activations as `act:<name>`; empty where it is not known."""
     unexpected: tuple[str, ...] = ()
     """Tensors inside the projector's module that the family does not know."""
-    widths: tuple[int | None, int | None] = (None, None)
-    """(in, out) as the config says, None where it does not."""
 
     @property
     def in_features(self) -> int:
@@ -109,8 +105,6 @@ def _family(entry: dict[str, Any]) -> Family:
         chain=tuple(entry["chain"]),
         act_keys=tuple(entry["act"]["keys"]),
         act_default=entry["act"]["default"],
-        in_keys=tuple(entry["in"]),
-        out_keys=tuple(entry["out"]),
         source=entry["source"],
     )
 
@@ -124,6 +118,7 @@ def locate(
     the activation. Raises FormatError where a projector is incomplete or its layers do not chain,
     UnsupportedError where its weights are packed in a way that is not read.
     """
+    _check_config(config or {})
     architectures = set(_strings((config or {}).get("architectures")))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
@@ -135,6 +130,19 @@ def locate(
             if projector is not None:
                 found[module] = projector
     return tuple(found[module] for module in sorted(found))
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises FormatError where a key that is read here has a type that no loader accepts."""
+    wanted: dict[str, type] = {
+        "architectures": list,
+        "model_type": str,
+        "vision_config": dict,
+        "text_config": dict,
+    }
+    for key, kind in wanted.items():
+        if not isinstance(config.get(key), (kind, type(None))):
+            raise FormatError("has a value of the wrong type", "config", field=key)
 
 
 def _modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]:
@@ -228,7 +236,6 @@ def _match(
         vectors=vectors,
         chain=_chain(family, {layer.role for layer in linears}, config),
         unexpected=tuple(sorted(rest)),
-        widths=(_width(config, family.in_keys), _width(config, family.out_keys)),
     )
 
 
@@ -269,8 +276,12 @@ def _check_chain(
 
 
 def _chain(family: Family, roles: set[str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    named = (value for key in family.act_keys if (value := _get(config, key)) is not None)
-    act = str(next(named, family.act_default))
+    act = family.act_default
+    for key in family.act_keys:
+        value = _get(config, key)
+        if value is not None and not isinstance(value, str):
+            raise FormatError("is no name of an activation", "config", field=key)
+        act = value or act
     steps: list[str] = []
     for step in family.chain:
         if step == "$act":
@@ -290,11 +301,6 @@ def _get(config: Mapping[str, Any], dotted: str) -> Any:
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _width(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    values = (_get(config, key) for key in keys)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
 def _strings(value: object) -> list[str]:

@@ -33,6 +33,8 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 }
 _FORMAT = re.compile(r"[+,]?(\.\d{1,2})?[efg%]?")
 _NULLS = ("equal_norm", "equal_spectrum", "random_direction", "sign_flip")
+MAX_FALSE_POSITIVES = 0.05
+"""Share of honest fine-tunes above which a rule describes and does not accuse."""
 _RULE_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _RULE_KEYS = {
     "title", "severity", "confidence", "when", "message", "why", "remedy", "references",
@@ -191,9 +193,11 @@ def evaluate(condition: Comparison | Condition, values: Mapping[str, float]) -> 
 
 
 def _metric(name: str, metrics: Mapping[str, Metric]) -> Metric | None:
-    """The metric of that name, or the one whose z-score it is."""
+    """The metric of that name, or the statistic whose z-score it is."""
     for null in _NULLS:
-        name = name.removesuffix(f"_z_{null}")
+        scored = metrics.get(name.removesuffix(f"_z_{null}"))
+        if name.endswith(f"_z_{null}"):
+            return scored if scored and scored.kind == "statistic" else None
     return metrics.get(name)
 
 
@@ -240,7 +244,8 @@ def _check_calibration(entry: object, wrong: Wrong) -> None:
     c = mapping(entry, wrong, "calibration")
     if set(c) != {"population", "n", "false_positive_rate", "interval"}:
         raise wrong("has the keys population, n, false_positive_rate, interval", "calibration")
-    numbers = [c["n"], c["false_positive_rate"], *(c["interval"] or ())]
+    interval = c["interval"] if isinstance(c["interval"], list) else []
+    numbers = [c["n"], c["false_positive_rate"], *interval]
     if len(numbers) != 4 or not all(
         isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
         for x in numbers
@@ -248,6 +253,8 @@ def _check_calibration(entry: object, wrong: Wrong) -> None:
         raise wrong("n, rate and both interval ends are numbers", "calibration")
     if not (c["n"] >= 1 and 0 <= c["interval"][0] <= c["false_positive_rate"] <= c["interval"][1]):
         raise wrong("the interval does not hold the rate", "calibration")
+    if c["false_positive_rate"] > MAX_FALSE_POSITIVES:
+        raise wrong("a rule with more than 5 % false positives has to stay `info`", "calibration")
 
 
 def _examples(

@@ -80,27 +80,39 @@ def _directions_of(file: Path) -> Iterator[Direction]:
 
 
 def _read_vectors(file: Path, wrong: Any) -> list[tuple[str, Tensor]]:
-    if not file.is_file():
+    try:
+        is_file, size = file.is_file(), file.stat().st_size if file.exists() else 0
+    except OSError as error:
+        raise wrong(str(error.strerror)) from None
+    if not is_file:
         raise wrong("is no file")
-    if file.stat().st_size > _FILE_LIMIT:
+    if size > _FILE_LIMIT:
         raise wrong(f"is larger than {_FILE_LIMIT >> 20} MiB")
     if file.suffix == ".safetensors":
         try:
             source = open_local(Ref(str(file), "local", file))
             (path,) = source.files
             infos = read_header(source, path).tensors.values()
-            return [(n, s.tensor) for n, s in load_tensors(source, infos).items()]
+            found = [(n, s.tensor) for n, s in load_tensors(source, infos).items()]
         except ProjauditError as error:
             raise wrong(error.message, error.field) from None
+        if not found:
+            raise wrong("holds no tensor")
+        return found
     import numpy as np
 
     try:
         array = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
-        raise wrong(f"cannot be read: {clean(error, 120)}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        with np.errstate(over="ignore"):  # what overflows is refused as not finite
+            vectors = torch.from_numpy(array.astype("float32"))
+    except MemoryError:
+        raise
+    except Exception:
+        # A hostile header reaches numpy's parser of Python literals, which raises almost anything.
+        raise wrong("cannot be read as an array of floats") from None
+    if array.dtype.kind != "f":
         raise wrong("holds no floating point array")
-    return [("", torch.from_numpy(array.astype("float32")))]
+    return [("", vectors)]
 
 
 def embedding_tensor(reading: Reading, width: int) -> TensorInfo | None:

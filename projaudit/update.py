@@ -25,6 +25,7 @@ _MANTISSA: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float8_e5m2: (2, -14),
 }
 _BLOCK = 1 << 22  # entries handled at once, so that no whole matrix is copied
+_ZERO = 1e-20  # a layer whose greatest weight is below this computes nothing
 _EXPONENTS = 512  # binary exponents of float32, from −256 up
 
 EmbeddingRows = Callable[[], tuple[Tensor, Tensor] | None]
@@ -187,6 +188,22 @@ def pair(
                 generator=generator,
             )
         )
+    overflow = {
+        f"{layer.role}.weight, base to target": count
+        for layer in layers
+        if (count := _nonfinite(layer.after - layer.before))
+    }
+    if overflow:
+        return replace(empty, nonfinite=overflow)
+    for role in target.vectors.keys() & base.vectors.keys():
+        new = list(target_tensors[target.vectors[role]].shape)
+        old = list(base_tensors[base.vectors[role]].shape)
+        if new != old:
+            raise UnsupportedError(
+                f"{clean(target.vectors[role])} has shape {new}, in the base it has {old}",
+                "shape",
+                field=role,
+            )
     vectors = tuple(
         VectorUpdate(
             role,
@@ -196,7 +213,6 @@ def pair(
         )
         for role, name in target.vectors.items()
         if role in base.vectors
-        and base_tensors[base.vectors[role]].shape == target_tensors[name].shape
     )
     there = dict(_named(base))
     here = dict(_named(target))
@@ -230,8 +246,8 @@ def _named(projector: Projector) -> list[tuple[str, str]]:
 
 
 def _nonfinite(tensor: Tensor) -> int:
-    known = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-    return tensor.numel() - int(torch.isfinite(known).sum())
+    """Entries that are NaN or Inf in float32, in which everything is measured."""
+    return tensor.numel() - int(torch.isfinite(tensor.float()).sum())
 
 
 def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
@@ -239,7 +255,8 @@ def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[name]
         if _nonfinite(tensor):
             raise BaseError("the base has NaN or Inf weights", "non-finite", field=clean(name))
-        if role.endswith(".weight") and tensor.ndim == 2 and not bool(tensor.float().any()):
+        peak = float(tensor.float().abs().max()) if tensor.numel() else 0.0
+        if role.endswith(".weight") and tensor.ndim == 2 and peak < _ZERO:
             raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
 
 
@@ -347,7 +364,7 @@ def _aligned(
                 second = replace(second, after=second.after * scale)
         layers[i], layers[i + 1] = first, second
     last = layers[-1]
-    if float((last.after - last.before).norm() / last.before.norm()) > 0.3:
+    if align.far(last.before, last.after):  # embedding rows are fetched for a suspicion only
         rows = embedding_rows()
         rotation = align.output_rotation(last.before, last.after, *rows) if rows else None
         if rotation is not None:

@@ -435,7 +435,7 @@ def test_directions(tmp_path: Path, pair):
         projaudit.check(str(pair[0]), str(pair[1]), directions=[file])
     assert raised.value.code == "usage.direction"
     np.save(file, np.array([object()]), allow_pickle=True)
-    with pytest.raises(projaudit.ProjauditError, match="cannot be read"):
+    with pytest.raises(projaudit.ProjauditError, match="cannot be read as an array"):
         projaudit.check(str(pair[0]), str(pair[1]), directions=[file])
 
 
@@ -489,13 +489,13 @@ def test_an_interrupt_is_130_and_leaves_nothing(tmp_path: Path, pair):
     command = [sys.executable, "-m", "projaudit", "check", str(pair[0]), "--base", str(pair[1]),
                "--format", "html", "-o", str(tmp_path / "out")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "out").exists():
-        time.sleep(0.01)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)  # it is at work by then
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert list((tmp_path / "out").glob("*.html")) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_single_file_is_audited_and_says_what_it_cannot_know(pair):

@@ -210,6 +210,7 @@ def test_nan_never_passes_for_a_number():
         ruleset, [m("nonfinite_count", "projector", float("nan"))], [], METRICS
     )
     assert [u.rule for u in unevaluated if u.required] == [
+        "function-unknown",
         "nonfinite-weights",
         "projector-unchanged",
     ]

@@ -38,6 +38,12 @@ def base_cosine(layer: LayerUpdate) -> float:
     return float(products.double().sum())
 
 
+@measures("layer", kind="structure", unit="ratio")
+def norm_ratio(layer: LayerUpdate) -> float:
+    """‖W1‖F / ‖W0‖F"""
+    return frobenius(layer.after) / frobenius(layer.before)
+
+
 @measures("layer", kind="structure", unit="fraction")
 def changed_fraction(layer: LayerUpdate) -> float:
     """Share of the weights that moved beyond the rounding of the coarser storage dtype."""
@@ -52,13 +58,16 @@ def rounding_floor(layer: LayerUpdate) -> float:
 
 @measures("layer", unit="ratio")
 def bias_shift(layer: LayerUpdate) -> float:
-    """‖b1 − b0‖ / ‖b0‖; a bias that the target lacks counts as zero."""
+    """‖b1 − b0‖ / ‖b0‖, or / ‖W0‖F (outputs of unit-RMS inputs) where the base's bias is zero."""
     before, after = layer.before_bias, layer.after_bias
     if before is None and after is None:
         raise Skip("the layer has no bias")
-    if before is None:
-        raise Skip("the base's layer has no bias")
-    return 1.0 if after is None else _relative(before, after)
+    size = 0.0 if before is None else frobenius(before)
+    if before is None or after is None:
+        change = frobenius(after if before is None else before)  # type: ignore[arg-type]
+    else:
+        change = frobenius(after - before)
+    return change / (size or frobenius(layer.before))
 
 
 @measures("vector", unit="ratio")

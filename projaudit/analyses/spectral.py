@@ -23,34 +23,41 @@ def _spectrum(layer: LayerUpdate) -> Spectrum:
 
 
 @measures("layer", reference=_PROJLENS)
-def leading_singular_value(layer: LayerUpdate) -> float:
-    """σ1 of ΔW"""
-    return float(_spectrum(layer).values[0])
+def leading_singular_value(layer: LayerUpdate) -> Value:
+    """σ1 of ΔW; `detail` bounds its error where it is not exact."""
+    spectrum = _spectrum(layer)
+    error = float(spectrum.residuals[0])
+    bound = () if spectrum.exact else (f"within {error:.2g} (residual bound)",)
+    return Value(float(spectrum.values[0]), bound)
 
 
-def _energy(layer: LayerUpdate, k: int) -> float:
-    """Σ_{i≤k} σi² / ‖ΔW‖F²"""
+def _energy(layer: LayerUpdate, k: int) -> Value:
+    """Σ_{i≤k} σi² / ‖ΔW‖F², a lower bound with its upper one where the values are not settled."""
     spectrum = _spectrum(layer)
     have = len(spectrum.values)
     if k > have and have < min(layer.delta.shape):
         raise Skip(f"only {have} singular values were asked for")
-    return min(spectrum.top_energy(min(k, have)), 1.0)
+    energy = min(spectrum.top_energy(min(k, have)), 1.0)
+    most = (spectrum.values[:k] + spectrum.residuals[:k]).square().sum() / spectrum.frobenius**2
+    if spectrum.exact or float(most) <= 1.01 * energy:
+        return Value(energy)
+    return Value(energy, (f"at most {min(float(most), 1.0):.3g}: the values lie close together",))
 
 
 @measures("layer", unit="fraction", reference=_PROJLENS)
-def top1_energy(layer: LayerUpdate) -> float:
+def top1_energy(layer: LayerUpdate) -> Value:
     """σ1² / ‖ΔW‖F²"""
     return _energy(layer, 1)
 
 
 @measures("layer", unit="fraction", reference=_PROJLENS)
-def top5_energy(layer: LayerUpdate) -> float:
+def top5_energy(layer: LayerUpdate) -> Value:
     """Σ_{i≤5} σi² / ‖ΔW‖F²"""
     return _energy(layer, 5)
 
 
 @measures("layer", unit="fraction", reference=_PROJLENS)
-def top30_energy(layer: LayerUpdate) -> float:
+def top30_energy(layer: LayerUpdate) -> Value:
     """Σ_{i≤30} σi² / ‖ΔW‖F²"""
     return _energy(layer, 30)
 
@@ -62,9 +69,11 @@ def stable_rank(layer: LayerUpdate) -> float:
 
 
 @measures("layer", reference="Roy & Vetterli 2007")
-def effective_rank(layer: LayerUpdate) -> float:
-    """exp(−Σ pi ln pi), pi = σi / Σσ"""
-    return _spectrum(layer).effective_rank
+def effective_rank(layer: LayerUpdate) -> Value:
+    """exp(−Σ pi ln pi), pi = σi / Σσ; `detail` states the error where it is estimated."""
+    spectrum = _spectrum(layer)
+    error = spectrum.effective_rank_error
+    return Value(spectrum.effective_rank, (f"± {error:.2g} (quadrature)",) if error else ())
 
 
 @measures("layer", unit="ratio")
@@ -80,7 +89,11 @@ def spectral_gap(layer: LayerUpdate) -> float:
 
 @measures("layer", unit="values", reference="Marchenko & Pastur 1967; Johnstone 2001")
 def values_above_edge(layer: LayerUpdate) -> Value:
-    """Number of singular values above the noise edge σ(√m + √n) and its finite-size margin."""
+    """Number of singular values above the noise edge σ(√m + √n) and its finite-size margin.
+
+    The edge is that of independent entries of one variance; sparse or row-scaled noise has values
+    above it as well.
+    """
     spectrum = _spectrum(layer)
     bound = () if spectrum.complete else ("a lower bound: there are more",)
     return Value(float(spectrum.above_edge), (f"noise edge {spectrum.noise_edge:.6g}", *bound))

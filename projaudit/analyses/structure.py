@@ -23,10 +23,12 @@ class Facts:
     """The lineage comes back to where it started."""
     coverage: Coverage
     checkpoint: Checkpoint
-    unexpected: Sequence[str]
-    """Tensors in the target's projector module that its family does not know."""
+    code: Sequence[str]
+    """Files and config entries of the target that bring code."""
+    added: Sequence[str]
+    """Tensors in the target's projectors that the family does not know or the base lacks."""
     missing: Sequence[str]
-    """Roles that the base's projector has and the target's lacks, 1-D tensors included."""
+    """Tensors of the base's projectors that the target's lack, 1-D ones included."""
 
 
 @measures("checkpoint", kind="structure")
@@ -82,25 +84,22 @@ def ambiguous_sources(facts: Facts) -> Value:
 @measures("checkpoint", kind="structure", unit="files")
 def custom_code(facts: Facts) -> Value:
     """Number of Python files and `auto_map` entries, which run with trust_remote_code."""
-    files = [path for path in facts.checkpoint.source.files if path.endswith(".py")]
-    mapped = (facts.checkpoint.config or {}).get("auto_map")
-    named = [f"config.json: auto_map.{key}" for key in mapped] if isinstance(mapped, dict) else []
-    return Value(float(len(files) + len(named)), (*named, *sorted(files)))
+    return Value(float(len(facts.code)), tuple(facts.code))
 
 
 @measures("checkpoint", kind="structure", unit="keys")
 def config_changes(facts: Facts) -> Value:
     """Number of config keys that change what the projector computes or is fed."""
     if not facts.coverage.config_compared:
-        raise Skip("there is no config.json on both sides")
+        raise Skip("there is no config.json on both sides; name folders rather than files")
     changes = facts.coverage.config_changes
     return Value(float(len(changes)), changes)
 
 
 @measures("checkpoint", kind="structure", unit="tensors")
 def projector_tensors_added(facts: Facts) -> Value:
-    """Number of tensors inside the projector's module that its family does not know."""
-    return Value(float(len(facts.unexpected)), tuple(facts.unexpected))
+    """Number of projector tensors that the family does not know or that the base lacks."""
+    return Value(float(len(facts.added)), tuple(facts.added))
 
 
 @measures("checkpoint", kind="structure", unit="tensors")
@@ -116,9 +115,8 @@ def rest_differs(facts: Facts) -> Value:
     Skipped where the rest was not looked at, or only in samples.
     """
     parts = [part for part in facts.coverage.parts if part.status != "audited"]
-    detail = tuple(f"{part.name}: {part.how}" for part in parts if part.status == "differs")
-    if not detail and any(part.status in ("not-looked-at", "sampled-equal") for part in parts):
-        raise Skip("the rest of the model was not compared throughout")
     known = [part for part in parts if part.status == "differs"]
-    added = len(facts.coverage.tensors_added) + len(facts.coverage.tensors_removed)
-    return Value(float(sum(max(len(p.differing), 1) for p in known) + added), detail)
+    if not known and any(part.status in ("not-looked-at", "sampled-equal") for part in parts):
+        raise Skip("the rest of the model was not compared throughout")
+    count = sum(len(part.differing) or 1 for part in known)
+    return Value(float(count), tuple(f"{part.name}: {part.how}" for part in known))

@@ -11,7 +11,7 @@ from projaudit.metrics import Skip, Value, measures
 
 if TYPE_CHECKING:
     from projaudit.analyses.context import ProjectorContext
-    from projaudit.linalg import Spectrum
+    from projaudit.linalg import Spectrum, Triplets
     from projaudit.update import LayerUpdate
 
 SUBSPACE_RANK = 5
@@ -21,7 +21,7 @@ INTRUDER_RANK = 10
 INTRUDER_COSINE = 0.5
 """How many leading vectors are looked at, and what counts as resembling (PEFT's defaults)."""
 
-_SETTLED = 1e-3  # residual of a singular vector, relative to its value
+_SETTLED = 0.1  # sine of the angle within which a vector of the sketch is the singular vector
 
 
 @measures("layer", unit="fraction", reference="ProjLens, arXiv:2604.19083, §1.2")
@@ -69,9 +69,11 @@ def intruder_dimensions(layer: LayerUpdate) -> Value:
     from projaudit.linalg import leading
 
     _changed(layer)
-    tuned = leading(layer.after, INTRUDER_RANK, generator=layer.generator)
-    cosines, exact = resemblance(layer.before, tuned.left, side="left")
-    settled = (tuned.residuals <= _SETTLED * tuned.values).tolist()
+    tuned = leading(layer.after, INTRUDER_RANK + 1, generator=layer.generator)
+    cosines, exact = resemblance(layer.before, tuned.left[:, :INTRUDER_RANK], side="left")
+    settled = _settled(tuned)[: len(cosines)]
+    if not any(settled):
+        raise Skip("the sketch settled none of the leading vectors: their values lie too close")
     relation = "=" if exact else "≤"
     found = [
         f"singular vector {n}: |cos| {relation} {cosine:.3f}"
@@ -112,6 +114,20 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
         raise Skip("no two neighbouring layers changed")
     value, name, null = max(found, key=lambda pair: pair[0])
     return Value(value, (name,), (null,))
+
+
+def _settled(found: Triplets) -> list[bool]:
+    """Whether each vector is its own: residual / gap to the next value bounds its angle's sine."""
+    values, residuals = found.values.tolist(), found.residuals.tolist()
+    gaps = (
+        [
+            min(abs(value - other) for j, other in enumerate(values) if j != i)
+            for i, value in enumerate(values)
+        ]
+        if len(values) > 1
+        else [values[0]]
+    )
+    return [r <= _SETTLED * gap for r, gap in zip(residuals, gaps, strict=True)]
 
 
 def _changed(layer: LayerUpdate) -> Spectrum:
