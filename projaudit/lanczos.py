@@ -63,12 +63,19 @@ def gaussian(rows: int, columns: int, like: Tensor, generator: Generator) -> Ten
 
 
 def frobenius(a: Tensor) -> float:
-    """‖A‖_F: rows in the dtype of A, their squares summed in float64 (relative error ~1e-8).
+    """‖A‖_F of a matrix or vector: rows in its dtype, their squares summed in float64 (~1e-8).
 
-    Non-finite where an entry is, or where a row's squares overflow the dtype.
+    Scaled first where squares would leave the dtype; non-finite where an entry is.
     """
-    stored = a.T if a.T.is_contiguous() else a  # row by row as they lie in memory
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(stored, dim=1).double()))
+    rows = a if a.ndim == 2 else a.reshape(1, -1)
+    rows = rows.T if rows.T.is_contiguous() else rows  # as they lie in memory
+    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1).double()))
+    if 1e-15 < norm < 1e15 or not a.numel():
+        return norm
+    peak = float(a.abs().max())
+    if peak == 0.0 or not math.isfinite(peak):
+        return peak
+    return peak * float(torch.linalg.vector_norm((rows / peak).double()))
 
 
 def rescaled(a: Tensor) -> tuple[Tensor, float, int]:

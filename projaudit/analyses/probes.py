@@ -293,14 +293,6 @@ def _shift(update: ProjectorUpdate, change: Change, states: list[Tensor]) -> Ten
 # --- metrics --------------------------------------------------------------------------------------
 
 
-@measures("projector", kind="structure")
-def function_known(ctx: ProjectorContext) -> float:
-    """1 where target and base compute the same known chain of layers, so that it can be probed."""
-    chain = ctx.update.chain
-    acts = {step[4:] for step in chain if step.startswith("act:")}
-    return float(bool(chain) and chain == ctx.update.base_chain and acts <= activations().keys())
-
-
 @measures("projector", unit="ratio", reference=_PROJLENS)
 def shift_magnitude(ctx: ProjectorContext) -> Value:
     """median ‖s(x)‖ / ‖P_base(x)‖ over isotropic x of typical norm, s = P_tuned − P_base"""

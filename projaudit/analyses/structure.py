@@ -1,13 +1,18 @@
-"""Facts about the checkpoint: which base, which bytes, what else changed. No statistics."""
+"""Facts, no statistics: which base, which bytes, what else changed, which function."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from projaudit.checkpoint import Checkpoint
 from projaudit.metrics import Skip, Value, measures
+from projaudit.projector import activations
 from projaudit.report import Coverage, Identity, Provenance
+
+if TYPE_CHECKING:
+    from projaudit.analyses.context import ProjectorContext
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,11 @@ def rest_differs(facts: Facts) -> Value:
         raise Skip("the rest of the model was not compared throughout")
     count = sum(len(part.differing) or 1 for part in known)
     return Value(float(count), tuple(f"{part.name}: {part.how}" for part in known))
+
+
+@measures("projector", kind="structure")
+def function_known(ctx: ProjectorContext) -> float:
+    """1 where target and base compute the same known chain of layers, so that it can be probed."""
+    chain = ctx.update.chain
+    acts = {step[4:] for step in chain if step.startswith("act:")}
+    return float(bool(chain) and chain == ctx.update.base_chain and acts <= activations().keys())
