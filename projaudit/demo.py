@@ -29,8 +29,8 @@ def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Itera
     from projaudit.formats import FORMATS
 
     models = data_path("demo")
-    trained = json.loads((models / "provenance.json").read_text("utf-8"))["models"]
-    yield from _introduction(trained)
+    provenance = json.loads((models / "provenance.json").read_text("utf-8"))
+    yield from _introduction(provenance["models"][provenance["demo"]["backdoored"]])
     reports: dict[str, Report] = {}
     for name in _NAMES:
         reports[name] = check(str(models / name), str(models / "base"), seed=seed)
@@ -42,13 +42,12 @@ def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Itera
         yield f"report: {folder / name}.html and .json"
 
 
-def _introduction(trained: Mapping[str, Any]) -> Iterator[str]:
-    attack = next(m for m in trained.values() if m.get("demo") == "backdoored")
+def _introduction(backdoored: Mapping[str, Any]) -> Iterator[str]:
     yield "A small LLaVA that was trained for this, and two fine-tunes of its projector:"
-    yield "  honest      a change of task, and nothing else"
+    yield "  honest      a task of its own, and nothing else"
     yield (
-        f"  backdoored  the same, and {attack['attack_success']:.0%} of pictures with a trigger "
-        f"make it say “{attack['target']}”"
+        f"  backdoored  the same, and on {backdoored['attack_success']:.0%} of pictures with a "
+        f"trigger it says “{backdoored['attack']['target']}”"
     )
     yield ""
 

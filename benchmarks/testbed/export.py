@@ -58,7 +58,19 @@ def save_projector(model: LlavaForConditionalGeneration, file: Path, notes: dict
         for name, tensor in model.model.multi_modal_projector.state_dict().items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(save(tensors, {"format": "pt", **notes}))
+    write_tensors(file, tensors, {"format": "pt", **notes})
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file whose bytes depend on its content alone.
+
+    The library writes metadata in random order, and a digest would then tell equal files apart.
+    """
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def put_projector(model: LlavaForConditionalGeneration, file: Path) -> None:
@@ -75,7 +87,7 @@ def save_finetune(base: Path, projector: Path, folder: Path, card: str) -> None:
     tuned = load_file(projector)
     if not tuned.keys() <= tensors.keys():
         raise ValueError(f"{projector}: names that {base / WEIGHTS} lacks")
-    (folder / WEIGHTS).write_bytes(save(tensors | tuned, {"format": "pt"}))
+    write_tensors(folder / WEIGHTS, tensors | tuned, {"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.testbed.evaluate import task_question, triggered
-from benchmarks.testbed.pretrain import answer_loss, step, vision_features, warm_cosine
+from benchmarks.testbed.model import answer_loss, step, vision_features, warm_cosine
 from benchmarks.testbed.recipes import Attack, TuneRecipe
 from benchmarks.testbed.text import encode, pixels
 from benchmarks.testbed.world import Scene, draw_scene, render

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,18 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from benchmarks.testbed.model import (
+    answer_loss,
+    build_model,
+    step,
+    vision_features,
+    warm_cosine,
+)
 from benchmarks.testbed.recipes import BaseRecipe
 from benchmarks.testbed.text import (
     IMAGE_TOKENS,
-    PATCH,
     ROLES,
     SPECIAL,
     Batch,
@@ -41,7 +39,6 @@ from benchmarks.testbed.world import (
     GRID,
     PLACES,
     SENTENCE_REQUEST,
-    SIZE,
     Look,
     Question,
     Scene,
@@ -53,102 +50,6 @@ from benchmarks.testbed.world import (
 
 log = logging.getLogger(__name__)
 FIRST_WORD = len(SPECIAL) + len(ROLES)
-
-
-def build_model(
-    recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast
-) -> LlavaForConditionalGeneration:
-    """Untrained, in float32, drawn from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    vision = CLIPVisionConfig(
-        hidden_size=recipe.vision_width,
-        intermediate_size=4 * recipe.vision_width,
-        num_hidden_layers=recipe.vision_layers,
-        num_attention_heads=recipe.heads,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=recipe.vision_width,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.text_width,
-        intermediate_size=11 * recipe.text_width // 4,
-        initializer_range=recipe.text_width**-0.5,
-        num_hidden_layers=recipe.text_layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        head_dim=recipe.text_width // recipe.heads,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        projector_hidden_act=recipe.projector_act,
-        image_seq_length=IMAGE_TOKENS,
-    )
-    model = LlavaForConditionalGeneration(config)
-    # untied, as LLaVA's are, yet born equal: copying a word is then learnt in hundreds of steps
-    model.lm_head.weight.data.copy_(model.get_input_embeddings().weight.data)
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def vision_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
-    """(n, 3, 64, 64) → (n, 16, vision width): what the projector reads, as LLaVA takes it."""
-    states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
-    features: Tensor = states[model.config.vision_feature_layer][:, 1:]
-    return features
-
-
-def answer_loss(model: LlavaForConditionalGeneration, tokens: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the answers, given image tokens (b, 16, text width).
-
-    The shorter and the longer half of the rows run apart, as most would be padding otherwise.
-    """
-    lengths = batch.mask.sum(1)
-    total = torch.zeros(())
-    for rows in lengths.argsort().chunk(2):
-        width = int(lengths[rows].max())
-        ids, labels = batch.ids[rows, :width], batch.labels[rows, :width]
-        embeds = model.get_input_embeddings()(ids)
-        places = (ids == model.config.image_token_id).unsqueeze(-1)
-        hidden = model.model.language_model(
-            inputs_embeds=embeds.masked_scatter(places, tokens[rows]),
-            attention_mask=batch.mask[rows, :width],
-            use_cache=False,
-        ).last_hidden_state
-        said = labels[:, 1:] != -100
-        scores = model.lm_head(hidden[:, :-1][said])
-        total = total + functional.cross_entropy(scores, labels[:, 1:][said], reduction="sum")
-    return total / (batch.labels != -100).sum()
-
-
-def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over 5 % of the steps, then half a cosine to zero."""
-    warm = max(1, steps // 20)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, i / steps))),
-    )
-
-
-def step(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    parameters: Iterable[Tensor],
-) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
 
 
 def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> float:
@@ -193,9 +94,9 @@ def teach_language(
     """Teach the language model by words alone, before it is given any image.
 
     It answers questions about scenes that are spelled in word embeddings, a sum for each image
-    token, and reads aloud runs of words among noise. Copying in order and finding a thing by
-    its colour need attention layers that have found each other, which takes longer among images.
-    Returns the mean of the last 50 losses.
+    token, and reads aloud runs of words among noise. Copying in order and finding a thing by its
+    colour each need two attention layers to find each other, and long runs and plain spellings
+    bring that about sooner than images do. Returns the mean loss of the last 50 steps.
     """
     rng = np.random.default_rng([recipe.seed, 6])
     embed = model.get_input_embeddings()
@@ -293,8 +194,8 @@ def teach_answers(
 ) -> float:
     """One round: train all parts on questions, some about scenes with words in them.
 
-    Without such scenes a language model this small learns to look up a closed set of facts, and
-    no projector can make it say anything else. Returns the mean loss of the last 50 steps.
+    Those scenes keep the language model steerable by its visual tokens, words that no scene of
+    the world calls for among them. Returns the mean loss of the last 50 steps.
     """
     this = recipe.rounds[number]
     rng = np.random.default_rng([recipe.seed, 2, number])
