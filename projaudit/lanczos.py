@@ -14,12 +14,6 @@ from torch import Generator, Tensor
 EXACT_LIMIT = 512
 """Smaller side up to which the exact path is cheaper (`benchmarks/speed.py spectrum`)."""
 
-PANEL = 32
-"""Rows of A per product: what was read for A x is still in the cache for Aᵀ(A x)."""
-
-CACHED = 1 << 23
-"""Entries up to which the whole matrix stays in a cache, so that panels only cost calls."""
-
 PROBES = 16
 STEPS = 6
 """Random rows and Krylov steps behind the measure of the bulk."""
@@ -28,31 +22,10 @@ STEPS = 6
 # --- products -------------------------------------------------------------------------------------
 
 
-def _panels(a: Tensor) -> list[slice]:
-    """Rows of A to be read at once: a few where A is large and on a CPU, else all."""
-    if a.device.type != "cpu" or a.numel() <= CACHED or not a.is_contiguous():
-        return [slice(None)]
-    return [slice(start, start + PANEL) for start in range(0, len(a), PANEL)]
-
-
-def left_product(rows: Tensor, a: Tensor) -> Tensor:
-    """Y A (b, n) for rows Y (b, m)."""
-    found = a.new_zeros(len(rows), a.shape[1])
-    for piece in _panels(a):
-        found.addmm_(rows[:, piece], a[piece])
-    return found
-
-
 def normal_product(a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(X Aᵀ, X AᵀA) for rows X (b, n); one reading of A (m, n) where its rows are contiguous."""
-    if a.T.is_contiguous():
-        images = left_product(rows, a.T)
-        return images, (a.T @ images.T).T
-    columns = rows.T.contiguous()
-    images, found = a.new_empty(len(a), len(rows)), torch.zeros_like(rows)
-    for piece in _panels(a):
-        torch.mm(a[piece], columns, out=images[piece])
-        found.addmm_(images[piece].T, a[piece])
+    """(X Aᵀ, X AᵀA) for rows X (b, n), in the orientations that BLAS is quick at."""
+    images: Tensor = a @ rows.T.contiguous()
+    found: Tensor = images.T @ a if a.is_contiguous() else (a.T @ images).T
     return images.T, found
 
 
@@ -161,7 +134,7 @@ class Basis:
         if self.last and self.add(self.returned[-self.last :]):
             return
         m, n = self.a.shape
-        if not self.add(left_product(gaussian(m, size, self.a, generator).T, self.a)):
+        if not self.add(gaussian(m, size, self.a, generator).T @ self.a):
             self.add(gaussian(size, n, self.a, generator))  # rank reached: any complement serves
 
     def residuals(self, values: Tensor, w: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 from projaudit import align
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.inert import clean
+from projaudit.lanczos import frobenius
 from projaudit.linalg import BLOCK, Spectrum, Triplets, leading, spectrum
 from projaudit.projector import Projector
 
@@ -25,6 +27,7 @@ _MANTISSA: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float8_e5m2: (2, -14),
 }
 _BLOCK = 1 << 22  # entries handled at once, so that no whole matrix is copied
+_GREATEST = 3e38  # where differences begin to leave float32
 _ZERO = 1e-20  # a layer whose greatest weight is below this computes nothing
 _EXPONENTS = 512  # binary exponents of float32, from −256 up
 
@@ -191,7 +194,8 @@ def pair(
     overflow = {
         f"{layer.role}.weight, base to target": count
         for layer in layers
-        if (count := _nonfinite(layer.after - layer.before))
+        if _peak(layer.after) + _peak(layer.before) > _GREATEST
+        and (count := _nonfinite(layer.after - layer.before))
     }
     if overflow:
         return replace(empty, nonfinite=overflow)
@@ -247,7 +251,17 @@ def _named(projector: Projector) -> list[tuple[str, str]]:
 
 def _nonfinite(tensor: Tensor) -> int:
     """Entries that are NaN or Inf in float32, in which everything is measured."""
-    return tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    wide = tensor.float()
+    # The extremes carry every NaN and Inf, and are ten times cheaper than asking each entry.
+    if not wide.numel() or math.isfinite(_peak(wide)):
+        return 0
+    return wide.numel() - int(torch.isfinite(wide).sum())
+
+
+def _peak(tensor: Tensor) -> float:
+    """Greatest |entry|; NaN or Inf where an entry is."""
+    low, high = torch.aminmax(tensor)
+    return float(torch.maximum(-low, high))
 
 
 def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
@@ -255,8 +269,7 @@ def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[name]
         if _nonfinite(tensor):
             raise BaseError("the base has NaN or Inf weights", "non-finite", field=clean(name))
-        peak = float(tensor.float().abs().max()) if tensor.numel() else 0.0
-        if role.endswith(".weight") and tensor.ndim == 2 and peak < _ZERO:
+        if role.endswith(".weight") and tensor.ndim == 2 and _peak(tensor.float()) < _ZERO:
             raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
 
 
@@ -269,14 +282,13 @@ def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
     """
     coarse = min((before.dtype, after.dtype), key=lambda dtype: _MANTISSA[dtype][0])
     same = before.dtype == after.dtype
-    changed, energy = 0, 0.0
+    changed = 0
     exponents = torch.zeros(_EXPONENTS, dtype=torch.int64)
     flat_before, flat_after = before.reshape(-1), after.reshape(-1)
     for start in range(0, flat_before.numel(), _BLOCK):
         old, new = flat_before[start : start + _BLOCK], flat_after[start : start + _BLOCK]
         moved = old != new if same else _round(old, coarse) != _round(new, coarse)
-        changed += int(moved.sum())
-        energy += float(old.float().double().square().sum())
+        changed += int(torch.count_nonzero(moved))
         binary = torch.frexp(new.float()).exponent + _EXPONENTS // 2
         exponents += torch.bincount(binary.clamp_min(0), minlength=_EXPONENTS)
     error = 0.0
@@ -286,7 +298,8 @@ def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
             if count:
                 ulp = 2.0 ** (max(exponent - _EXPONENTS // 2 - 1, least) - bits)
                 error += count * ulp * ulp / 12
-    return changed / max(before.numel(), 1), (error / energy) ** 0.5 if energy else float("inf")
+    size = frobenius(before.float())
+    return changed / max(before.numel(), 1), error**0.5 / size if size else float("inf")
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:

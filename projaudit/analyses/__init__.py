@@ -23,9 +23,12 @@ __all__ = [
 ]
 
 
-def themes(kind: str) -> tuple[str, ...]:
-    """The themes that have metrics of a subject kind, in order of definition."""
-    return tuple(dict.fromkeys(m.theme for m in METRICS.values() if m.subject == kind))
+_ORDER = ("structure", "magnitude", "spectral", "subspace", "probes", "alignment")
+
+
+def themes(kind: str) -> list[str]:
+    """The themes that have metrics of a subject kind, each after those that it builds on."""
+    return sorted({m.theme for m in METRICS.values() if m.subject == kind}, key=_ORDER.index)
 
 
 def run(
