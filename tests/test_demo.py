@@ -57,7 +57,7 @@ def test_it_does_not_claim_to_tell_the_two_apart(demo):
     said, folder, _ = demo
     verdicts = {json.loads(f.read_text())["verdict"] for f in folder.glob("*.json")}
     if len(verdicts) == 1:
-        assert "they do not tell these two apart" in said
+        assert "they do not tell the two apart" in said
     for word in ("safe", "clean", "backdoor found"):
         assert word not in said.lower()
 
