@@ -67,11 +67,11 @@ def _side_by_side(reports: Mapping[str, Report]) -> Iterator[str]:
     scope = reports[_NAMES[0]].scope
     if verdicts[0] == verdicts[1]:
         yield f"Both get the same verdict ({scope})."
-        yield "The numbers differ, as they do between any two fine-tunes: over all honest and"
-        yield "backdoored ones that were trained for projaudit they do not tell the two apart, so"
-        yield "no rule reads a verdict from them, and none was tuned to this pair. What the language"
-        yield "model says when the projector is probed along these directions can tell; that depth"
-        yield "is not built yet. The table is in benchmarks/results/weights-alone.md."
+        yield "The numbers differ, as they do between any two fine-tunes. Over all that were"
+        yield "trained for projaudit they do not tell the two apart (the table is in"
+        yield "benchmarks/results/weights-alone.md), so no rule reads a verdict from them, and"
+        yield "none was tuned to this pair. What the language model says when the projector is"
+        yield "probed along these directions can tell; that depth is not built yet."
     else:
         yield f"The verdicts differ ({scope})."
         yield "The reports say which structural fact made the difference; statistics of the weights"

@@ -31,15 +31,15 @@ from projaudit.formats.wording import (
 from projaudit.inert import clean
 from projaudit.report import Identity, Report
 
-LINES, COLUMNS = 24, 100
+LINES, COLUMNS = 24, 80
 _HEAD = 13
 _LAYERS = 4
 _PROBES = 2
 _LAYER_COLUMNS = (
-    ("relative_norm", f"{'rel. norm':>11}"),
-    ("stable_rank", f"{'stable rank':>13}"),
-    ("values_above_edge", f"{'above edge':>12}"),
-    ("top5_energy", f"{'E5':>8}"),
+    ("relative_norm", f"{'rel. norm':>10}"),
+    ("stable_rank", f"{'stable rank':>12}"),
+    ("values_above_edge", f"{'above edge':>11}"),
+    ("top5_energy", f"{'E5':>7}"),
 )
 _STATUS = {
     "audited": "audited",
@@ -116,8 +116,9 @@ def _verdict(report: Report) -> Iterator[_Line]:
 def _identities(report: Report) -> Iterator[_Line]:
     yield _Line("target", _identity(report.target))
     if report.base is not None:
-        origin = f" — {base_origin(report.provenance)}" if report.provenance else ""
-        yield _Line("base", _identity(report.base) + origin)
+        yield _Line("base", _identity(report.base))
+        if report.provenance:
+            yield _Line("", base_origin(report.provenance))
     elif report.error is None:
         yield _Line("base", "none")
 
@@ -138,14 +139,14 @@ def _layers(report: Report) -> Iterator[_Line]:
         return
     found = values(report)
     heads = "".join(head for _, head in _LAYER_COLUMNS)
-    yield _Line("layers", f"{'':43}{heads}")
+    yield _Line("layers", f"{'':26}{heads}")
     for subject, layer in layers[:_LAYERS]:
         shape = "×".join(map(str, layer.shape))
         cells = [
             f"{_cell(found.get((subject, metric)), metric):>{len(head)}}"
             for metric, head in _LAYER_COLUMNS
         ]
-        name = _pad(_name(subject.removeprefix("projector/")), 31)
+        name = _pad(_name(subject.removeprefix("projector").lstrip("/")), 14)
         yield _Line("", f"{name} {_pad(shape, 11)}{''.join(cells)}")
     if len(layers) > _LAYERS:
         yield _Line("", f"… and {len(layers) - _LAYERS} more layers (see the JSON or HTML report)")
@@ -166,19 +167,18 @@ def _probes(report: Report) -> Iterator[_Line]:
     for projector in report.projectors:
         shift = found.get((projector.subject, "shift_magnitude"))
         slope = found.get((projector.subject, "shift_slope"))
-        fit = found.get((projector.subject, "shift_slope_r2"))
         concentration = found.get((projector.subject, "shift_concentration"))
         parts = []
         if shift:
             parts.append(f"shift {percent(shift.value)}{_scores(shift)}")
         if slope:
-            r2 = f" (r² {short(fit.value)})" if fit else ""
-            parts.append(f"slope {short(slope.value)}{r2}{_scores(slope)}")
-        if concentration:
-            parts.append(f"concentr. {short(concentration.value)}{_scores(concentration)}")
+            parts.append(f"slope {short(slope.value)}{_scores(slope)}")
         if parts and told < _PROBES:
             yield _Line("" if told else "probe", "  ".join(parts))
             told += 1
+            if concentration:
+                share = f"{short(concentration.value)}{_scores(concentration)}"
+                yield _Line("", f"along one direction {share}")
             scored = scored or any(m and m.nulls for m in (shift, slope, concentration))
     if scored:
         yield _Line("", "z against random updates of equal norm/of equal spectrum")
@@ -222,7 +222,7 @@ def _rule_names(findings: list[Finding]) -> str:
 
 def _rules(report: Report) -> Iterator[_Line]:
     words = [outcome_word(rule) for rule in report.rules]
-    told = [f"{words.count(word)} {word}" for word in OUTCOMES if word in words]
+    told = [f"{words.count(word)} {word}" for word in OUTCOMES[:-1] if word in words]
     if report.skipped:
         told.append(f"{plural(len(report.skipped), 'metric')} skipped")
     if told:
