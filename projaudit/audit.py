@@ -269,11 +269,18 @@ def _opened(session: Session, candidate: Candidate) -> _Base:
 
 
 def _counterpart(projector: Projector, base: _Base) -> Side:
-    """The base's projector of the same kind, by module name where there are several."""
+    """The base's projector of the same kind, by module path where there are several."""
     from projaudit.measure import Side
 
     word = projector.prefix.rpartition(".")[2]
-    best = max(base.projectors, key=lambda p: (p.kind == projector.kind, p.prefix.endswith(word)))
+    best = max(
+        base.projectors,
+        key=lambda p: (
+            p.kind == projector.kind,
+            p.prefix.endswith(word),
+            p.prefix == projector.prefix,
+        ),
+    )
     return Side(base.checkpoint, base.checkpoint.readings[0], best, _name(base.checkpoint.source))
 
 
@@ -284,12 +291,13 @@ def _facts(
 
     def roles(of: Projector) -> dict[str, str]:
         biases = {f"{layer.role}.bias": layer.bias for layer in of.linears if layer.bias}
-        return {**biases, **of.vectors}
+        unknown = {name.removeprefix(of.prefix): name for name in of.unexpected}
+        return {**biases, **of.vectors, **unknown}
 
     added, missing = [], []
     for projector in projectors:
         ours, theirs = roles(projector), roles(_counterpart(projector, base).projector)
-        added += [*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())]
+        added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}
         missing += [theirs[role] for role in theirs.keys() - ours.keys()]
     return Facts(
         target=_identity(target.source),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Wrappers of training frameworks (DDP, compile, FSDP, PEFT), in front of any family's prefix.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
-_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Family:
     chain: tuple[str, ...]
     act_keys: tuple[str, ...]
     act_default: str
+    eps_key: str
     source: str
 
 
@@ -61,6 +61,8 @@ class Projector:
     """Role -> name of the 1-D tensors that are no linear layer's bias (norms, image_newline)."""
     chain: tuple[str, ...]
     """Forward path: roles, and activations as `act:<name>`; empty where it is not known."""
+    norm_eps: float = 1e-5
+    """Epsilon of its norm layers."""
     unexpected: tuple[str, ...] = ()
     """Tensors inside the projector's module that the family does not know."""
 
@@ -105,6 +107,7 @@ def _family(entry: dict[str, Any]) -> Family:
         chain=tuple(entry["chain"]),
         act_keys=tuple(entry["act"]["keys"]),
         act_default=entry["act"]["default"],
+        eps_key=entry.get("eps", ""),
         source=entry["source"],
     )
 
@@ -235,6 +238,7 @@ def _match(
         linears=tuple(linears),
         vectors=vectors,
         chain=_chain(family, {layer.role for layer in linears}, config),
+        norm_eps=_eps(family, config),
         unexpected=tuple(sorted(rest)),
     )
 
@@ -296,6 +300,15 @@ def _chain(family: Family, roles: set[str], config: Mapping[str, Any]) -> tuple[
     return tuple(steps)
 
 
+def _eps(family: Family, config: Mapping[str, Any]) -> float:
+    value = _get(config, family.eps_key)
+    if value is None:
+        return Projector.norm_eps
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise FormatError("is no epsilon of a norm", "config", field=family.eps_key)
+    return float(value)
+
+
 def _get(config: Mapping[str, Any], dotted: str) -> Any:
     value: Any = config
     for key in dotted.split("."):
@@ -331,7 +344,8 @@ def activations() -> Mapping[str, Any]:
 def forward(chain: Sequence[str], weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """P(x): the chain applied to x (n × in, fp32) with `<role>.weight` and `<role>.bias`.
 
-    Raises UnsupportedError for an activation that is not known.
+    A norm's epsilon is `<role>.eps`, 1e-5 where it is not given. Raises UnsupportedError for an
+    activation that is not known.
     """
     from torch.nn import functional as F
 
@@ -346,5 +360,8 @@ def forward(chain: Sequence[str], weights: Mapping[str, Tensor], x: Tensor) -> T
         if weight.ndim == 2:
             x = F.linear(x, weight, bias)
         else:
-            x = F.layer_norm(x, weight.shape, weight, bias, _NORM_EPS)
+            eps = weights.get(f"{step}.eps")
+            x = F.layer_norm(
+                x, weight.shape, weight, bias, Projector.norm_eps if eps is None else float(eps)
+            )
     return x

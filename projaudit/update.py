@@ -97,6 +97,8 @@ class ProjectorUpdate:
     """Role -> number of NaN and Inf entries in the target; not empty: nothing else is measured."""
     generator: torch.Generator
     in_features: int
+    norm_eps: float = 1e-5
+    """Of the target; a base of another one is a changed config."""
     unchanged: bool = False
     """Nothing differs beyond storage rounding, biases and other 1-D tensors included."""
 
@@ -112,6 +114,7 @@ class ProjectorUpdate:
             # The affine part of a norm was folded into the layer behind it.
             if vector.role.endswith(".weight"):
                 weights[vector.role] = torch.ones_like(vector.before)
+                weights[vector.role.removesuffix("weight") + "eps"] = torch.tensor(self.norm_eps)
         return weights
 
 
@@ -162,6 +165,7 @@ def pair(
         nonfinite,
         generator,
         target.in_features,
+        target.norm_eps,
     )
     if nonfinite:
         return empty

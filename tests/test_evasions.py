@@ -51,8 +51,10 @@ EVASIONS: dict[str, tuple[Tensors, Tensors]] = {
         without(TUNED, B1) | DECOY | {f"{P}linear_3.weight": torch.ones(64, 64)},
         BASE,
     ),
+    "a base with a layer that is gone": (TUNED, BASE | {f"{P}linear_3.weight": torch.ones(64, 64)}),
     "a float64 value that float32 cannot hold": (with_value(B1, 1e300, torch.float64), BASE),
     "an update that float32 cannot hold": (with_value(W1, 3e38), with_value(W1, -3e38)),
+    "a base that float32 can hardly hold": (TUNED, with_value(W1, 3e38)),
     "a bias where the base has none": (
         without(TUNED, f"{P}linear_2.bias") | {B1: torch.full((64,), 50.0)},
         NO_BIAS,

@@ -34,7 +34,11 @@ FAMILIES = {
     "LlavaNextVideo": ("llava", 5, {"video_token_index": 198}),
     "LlavaOnevision": ("llava", 5, {"video_token_index": 198}),
     "VideoLlava": ("llava", 4, {"video_token_index": 198}),
-    "VipLlava": ("vipllava", 6, {"vision_feature_layers": [-1, -2]}),
+    "VipLlava": (
+        "vipllava",
+        6,
+        {"vision_feature_layers": [-1, -2], "projector_layernorm_eps": 0.1},
+    ),
 }
 
 
@@ -79,6 +83,7 @@ def test_the_forward_chain_is_the_module(name: str):
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     (projector,) = locate(shapes, config)
     x = torch.randn(5, projector.in_features)
+    tensors["projector_layernorm.eps"] = torch.tensor(projector.norm_eps)
     with torch.no_grad():
         torch.testing.assert_close(forward(projector.chain, tensors, x), module(x))
 

@@ -114,7 +114,9 @@ def nearest_token_alignment(ctx: ProjectorContext) -> Value:
         for name, tokens in zip(found.names, found.nearest, strict=True)
     )
     nulls = [null_of("sign_flip", found.flips.amax(1).tolist())]
-    nulls += [null_of(k, [max(draw) for draw in draws]) for k, draws in found.random.items()]
+    nulls += [
+        null_of(k, [max(draw) for draw in draws if draw]) for k, draws in found.random.items()
+    ]
     return Value(found.value, detail, tuple(null for null in nulls if null is not None))
 
 
