@@ -294,7 +294,8 @@ def _facts(
         unknown = {name.removeprefix(of.prefix): name for name in of.unexpected}
         return {**biases, **of.vectors, **unknown}
 
-    added, missing = [], []
+    added: list[str] = []
+    missing: list[str] = []
     for projector in projectors:
         ours, theirs = roles(projector), roles(_counterpart(projector, base).projector)
         added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}

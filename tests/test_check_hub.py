@@ -340,3 +340,43 @@ def test_a_server_without_ranges_is_read_from_its_start_and_said(hub: FakeHub, t
     report = projaudit.check("org/tuned", "org/base", seed=1)
     assert report.verdict is Verdict.PASS
     assert report.run.fallbacks
+
+
+FAULTS = {
+    "500": {"status": 500},
+    "429": {"status": 429, "headers": {"Retry-After": "100000000"}},
+    "404": {"status": 404},
+    "html": {"status": 200, "body": b"<html>please log in</html>"},
+    "empty object": {"status": 200, "body": b"{}"},
+    "cut": {"drop_after": 5},
+    "truncated": {"truncate": 5},
+    "garbled": {"garble": True},
+    "compressed": {"gzip": True},
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_at_any_request_ends_in_a_listed_status(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """From the n-th request on, for every n: an error with a code, or what a sound run says."""
+    publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/base"))
+    sound = projaudit.check("org/tuned", seed=1)
+    count = len(hub.requests())
+    assert count >= 10
+    for number in range(count):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"xdg-{number}"))
+        hub.faults[:] = [on(skip=number, **FAULTS[kind])]
+        ended = outcome("org/tuned")
+        if isinstance(ended, projaudit.ProjauditError):
+            assert ended.exit_code in (2, 3), (number, ended)
+        else:  # bytes that a range cannot prove may be garbled; then no pass may come of them
+            sound_after_all = ended.measurements == sound.measurements
+            assert sound_after_all or ended.exit_code != 0, number
+
+
+def outcome(target: str) -> projaudit.Report | projaudit.ProjauditError:
+    try:
+        return projaudit.check(target, seed=1)
+    except projaudit.ProjauditError as error:
+        return error
