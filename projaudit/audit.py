@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
 from projaudit.base import Candidate, candidates, lineage
+from projaudit.behaviour.hear import (
+    Asked,
+    Part,
+    announce,
+    find_images,
+    hear,
+    read_prompts,
+    require_unasked,
+)
+from projaudit.behaviour.prompts import GENERAL
+from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import code_of, compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
+from projaudit.evidence import Evidence
 from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
@@ -27,6 +40,7 @@ from projaudit.report import (
     Provenance,
     Report,
     Run,
+    Standing,
     TensorRead,
 )
 from projaudit.session import Progress, Session, environment, find_device, settle
@@ -39,7 +53,7 @@ if TYPE_CHECKING:
     from projaudit.analyses.structure import Facts
     from projaudit.measure import Measured, Side
 
-DEFAULT_POLICY = "structure"
+Depth = Literal["weights", "behaviour"]
 
 
 def check(
@@ -49,7 +63,12 @@ def check(
     revision: str | None = None,
     base_revision: str | None = None,
     rules: Path | None = None,
-    policy: str | Path = DEFAULT_POLICY,
+    policy: str | Path | None = None,
+    depth: Literal["auto", "weights", "behaviour"] | None = None,
+    prompts: Path | None = None,
+    images: Path | None = None,
+    budget: int | None = None,
+    calibration: Path | None = None,
     fail_on: Literal["fail", "review"] | None = None,
     exit_zero: bool = False,
     directions: Sequence[Path] = (),
@@ -66,20 +85,34 @@ def check(
 
     `target` and `base` are a Hub id (`org/model`, `org/model@rev`), a Hub URL, a folder or a file.
     What is None here comes from the policy, then from the defaults (device auto, rank 32, a fresh
-    seed, verify range). Raises a ProjauditError with a stable `code` where there is no audit; what
-    could not be told within one stands in the report.
+    seed, verify range). Depth `auto`, the default without a policy, runs the language model where
+    all of it is on this machine and the extra `behaviour` is installed; the policy is then
+    `default`, else `structure`. `prompts` is a file with one on each line, `images` a folder,
+    `budget` the most answers, `calibration` a file of `projaudit calibrate`. Raises a
+    ProjauditError with a stable `code` where there is no audit; what could not be told within one
+    stands in the report.
     """
     from projaudit.analyses import METRICS
 
     started = datetime.now(UTC)
-    ruleset = load_policy(policy, METRICS, rules)
-    if fail_on is not None:
-        ruleset = replace(ruleset, fail_on=fail_on)
+    named = policy or {"weights": "structure", "behaviour": "default"}.get(depth or "")
+    ruleset = load_policy(named or "structure", METRICS, rules)
+    listening = _Listening(
+        depth or (ruleset.depth if policy else "auto"),
+        _asked(prompts, images, budget),
+        shipped() if calibration is None else load_calibration(calibration),
+        "shipped" if calibration is None else str(calibration),
+    )
     settings = settle(
         ruleset.options, device=device, rank=rank, seed=seed, verify=verify, offline=offline
     )
     asked = {
-        "policy": str(policy),
+        "policy": named and str(named),
+        "depth": depth,
+        "prompts": None if prompts is None else str(prompts),
+        "images": None if images is None else str(images),
+        "budget": budget,
+        "calibration": None if calibration is None else str(calibration),
         "rules": None if rules is None else str(rules),
         "direction": tuple(str(file) for file in directions),
         "target-text": tuple(target_texts),
@@ -94,9 +127,40 @@ def check(
             ruleset.pins,
             load_directions(directions),
             target_texts,
+            listening,
         )
+        if named is None and audit.depth == "behaviour":
+            ruleset = load_policy("default", METRICS, rules)
+        if fail_on is not None:
+            ruleset = replace(ruleset, fail_on=fail_on)
         with session.stage("judge"):
             return _report(session, ruleset, audit, asked, exit_zero, started)
+
+
+@dataclass(frozen=True)
+class _Listening:
+    """What the user wants of depth behaviour."""
+
+    depth: Literal["auto", "weights", "behaviour"]
+    asked: Asked
+    calibration: Calibration | None
+    source: str
+    """Of the calibration."""
+
+
+def _asked(prompts: Path | None, images: Path | None, budget: int | None) -> Asked:
+    def read(option: str, path: Path | None, function: Callable[[Path], Any]) -> Any:
+        try:
+            return None if path is None else function(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(clean(reason), option, file=clean(path), field=f"--{option}") from None
+
+    if budget is not None and not 100 <= budget <= 1_000_000:
+        raise UsageError("is not between 100 and 1,000,000 answers", "option", field="--budget")
+    return Asked(
+        read("prompts", prompts, read_prompts), read("images", images, find_images), budget
+    )
 
 
 def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Report:
@@ -112,7 +176,7 @@ def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Repo
     return Report(
         target=identity,
         policy=Policy(
-            str(asked.get("policy") or DEFAULT_POLICY),
+            str(asked.get("policy") or "structure"),
             "weights",
             asked.get("fail_on") or "fail",
             bool(asked.get("exit_zero")),
@@ -157,6 +221,13 @@ class _Audit:
     measured: Measured
     coverage: Coverage
     device: torch.device
+    depth: Depth
+    not_probed: str
+    """Why depth behaviour gave nothing; empty where it did, or was not wanted."""
+    evidence: Evidence | None
+    standing: Standing | None
+    without_base: str
+    """Why there is no base; empty where there is one."""
 
 
 def _audit(
@@ -166,8 +237,10 @@ def _audit(
     pins: Mapping[str, str],
     directions: Sequence[Direction],
     texts: Sequence[str],
+    listening: _Listening,
 ) -> _Audit:
-    from projaudit.measure import Measured, measure_projector
+    from projaudit.analyses.behaviour import Behaviour
+    from projaudit.measure import Measured, measure_projector, read_projector
 
     device = find_device(session.settings.device)
     with session.stage("open target"):
@@ -176,15 +249,15 @@ def _audit(
         found = [(reading, _projectors(reading, target)) for reading in target.readings]
         if not found[0][1]:
             raise _no_projector(target)
-    with session.stage("open base"):
-        bases = [
-            _opened(session, candidate)
-            for candidate in candidates(source, target.config, option=base_ref, pins=pins)
-        ]
+    depth, not_probed = _depth(listening.depth, target, device)
+    bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
+    sides = _sides(target, found)
     measured = Measured()
     coverages = []
+    if not bases:
+        read_projector(session, sides[0], measured)
     for number, base in enumerate(bases, 1):
-        for side in _sides(target, found):
+        for side in sides:
             partner = _counterpart(side.projector, base)
             measure_projector(session, device, side, partner, directions, texts, measured)
         with session.stage("compare the rest"):
@@ -200,7 +273,114 @@ def _audit(
         facts = _facts(target, base, coverages[-1], found[0][1])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
-    return _Audit(target, bases, measured, coverages[0], device)
+    coverage = coverages[0] if coverages else Coverage()
+    evidence, standing = None, None
+    if depth == "behaviour":
+        other = _counterpart(sides[0].projector, bases[0]) if bases else None
+        try:
+            evidence = _heard(session, device, sides[0], other, coverage, listening)
+        except CouldNotProbe as why:
+            not_probed = why.reason
+        else:
+            standing = _standing(listening, evidence, sides[0].projector, measured)
+            measured.ask(session, "behaviour", "behaviour", Behaviour(evidence, standing))
+    return _Audit(
+        target=target,
+        bases=bases,
+        measured=measured,
+        coverage=coverage,
+        device=device,
+        depth=depth,
+        not_probed=not_probed,
+        evidence=evidence,
+        standing=standing,
+        without_base=without_base,
+    )
+
+
+def _depth(wanted: str, target: Checkpoint, device: torch.device) -> tuple[Depth, str]:
+    """The depth that is run, and why it is not behaviour where that was left to us."""
+    if wanted != "auto":
+        return ("weights" if wanted == "weights" else "behaviour"), ""
+    try:
+        require_unasked(target, device)
+    except CouldNotProbe as why:
+        return "weights", why.reason
+    return "behaviour", ""
+
+
+def _bases(
+    session: Session,
+    target: Checkpoint,
+    option: Ref | None,
+    pins: Mapping[str, str],
+    *,
+    required: bool,
+) -> tuple[list[_Base], str]:
+    """The bases, or why there is none where one is not required: behaviour can be heard alone."""
+    with session.stage("open base"):
+        try:
+            named = candidates(target.source, target.config, option=option, pins=pins)
+        except BaseError as error:
+            if required or error.code != "base.none":
+                raise
+            return [], error.message
+        return [_opened(session, candidate) for candidate in named], ""
+
+
+def _heard(
+    session: Session,
+    device: torch.device,
+    target: Side,
+    base: Side | None,
+    coverage: Coverage,
+    listening: _Listening,
+) -> Evidence:
+    """What depth behaviour brought back; raises CouldNotProbe."""
+
+    def part(side: Side) -> Part:
+        tensors = {name: stored.tensor for name, stored in side.load().items()}
+        return Part(side.checkpoint, side.projector, tensors)
+
+    def tell(what: str, done: int, total: int) -> None:
+        if session.progress:
+            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
+
+    with session.stage("behaviour"):
+        if session.notify:
+            session.notify(announce(target.checkpoint, listening.asked, device))
+        return hear(
+            part(target),
+            None if base is None else part(base),
+            listening.asked,
+            other_model=any(
+                p.status in ("differs", "not-looked-at")
+                for p in coverage.parts
+                if p.name in ("vision tower", "language model", "other tensors")
+            ),
+            device=device,
+            seed=session.settings.seed,
+            progress=tell,
+        )
+
+
+def _standing(
+    listening: _Listening, evidence: Evidence, projector: Projector, measured: Measured
+) -> Standing | None:
+    value = evidence.score
+    if value is None or listening.calibration is None:
+        return None
+    norms = [m.value for m in measured.measurements if m.metric == "relative_norm"]
+    shape = Shape(
+        family=projector.family,
+        parameters=evidence.parameters,
+        in_features=projector.in_features,
+        out_features=projector.out_features,
+        relative_norm=max(norms, default=None),
+        images=evidence.images,
+        prompts="general" if set(evidence.prompts) <= set(GENERAL) else "given",
+    )
+    return stand(listening.calibration, listening.source, value, shape)
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
@@ -350,7 +530,7 @@ def _report(
     session: Session,
     ruleset: RuleSet,
     audit: _Audit,
-    asked: Mapping[str, str | tuple[str, ...] | None],
+    asked: Mapping[str, str | int | tuple[str, ...] | None],
     exit_zero: bool,
     started: datetime,
 ) -> Report:
@@ -365,9 +545,10 @@ def _report(
         METRICS,
         digests=frozenset(digests | ({source.commit} if source.commit else set())),
     )
-    if ruleset.depth == "behaviour":
-        reason = "this version probes no behaviour; the preset `structure` asks for none"
-        unevaluated = (*unevaluated, Unevaluated("behaviour", "checkpoint", reason))
+    if missing := _unheard(ruleset.depth, audit):
+        unevaluated = (*unevaluated, Unevaluated("behaviour", "checkpoint", missing))
+    if audit.without_base:
+        unevaluated = (*unevaluated, Unevaluated("base", "checkpoint", audit.without_base))
     findings = tuple(
         replace(finding, locations=_locations(finding.subject, measured.tensors))
         for finding in findings
@@ -375,7 +556,7 @@ def _report(
     traffic = [opened.traffic for opened in session.sources]
     return Report(
         target=_identity(source),
-        policy=Policy(ruleset.name, "weights", ruleset.fail_on, exit_zero),
+        policy=Policy(ruleset.name, audit.depth, ruleset.fail_on, exit_zero),
         environment=environment(audit.device),
         settings={
             **{name: value for name, value in asked.items() if value},
@@ -392,8 +573,8 @@ def _report(
             cache_bytes=sum(t.from_cache for t in traffic),
             fallbacks=tuple(f for s in session.sources for f in getattr(s, "fallbacks", ())),
         ),
-        base=_identity(audit.bases[0].checkpoint.source),
-        provenance=audit.bases[0].provenance,
+        base=_identity(audit.bases[0].checkpoint.source) if audit.bases else None,
+        provenance=audit.bases[0].provenance if audit.bases else None,
         projectors=tuple(measured.projectors),
         coverage=audit.coverage,
         tensors=tuple(measured.tensors),
@@ -403,4 +584,24 @@ def _report(
         findings=findings,
         unevaluated=unevaluated,
         rules=outcomes,
+        behaviour=audit.evidence,
+        standing=audit.standing,
+        not_probed=audit.not_probed,
     )
+
+
+def _unheard(required: Depth, audit: _Audit) -> str:
+    """What a verdict at depth behaviour lacks; empty where nothing is missing or wanted."""
+    heard = audit.evidence
+    if heard is None:
+        if required == "behaviour" or audit.depth == "behaviour":
+            return audit.not_probed or "depth behaviour was not asked for (--depth behaviour)"
+        return ""
+    if heard.stopped == "budget":
+        return (
+            f"the budget of {heard.budget:,} answers was spent after {heard.probes} of "
+            f"{heard.planned} probes"
+        )
+    if len(audit.measured.projectors) > 1:
+        return "only the projector that transformers loads first was run"
+    return ""

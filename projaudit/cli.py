@@ -146,7 +146,36 @@ def cli() -> None:
 )
 @_option("--output", "-o", metavar="DIR|FILE", help="Where to write reports; text still prints.")
 @_option("--rules", type=click.Path(path_type=Path), metavar="DIR", help="More rules (YAML).")
-@_option("--policy", metavar="NAME|FILE", help="Preset or policy file.  [default: structure]")
+@_option(
+    "--policy",
+    metavar="NAME|FILE",
+    help="Preset or policy file.  [default: structure or default, by depth]",
+)
+@_option(
+    "--depth",
+    type=click.Choice(["auto", "weights", "behaviour"]),
+    help="behaviour: run the language model behind the projector.  "
+    "[default: auto, which does where nothing has to be downloaded]",
+)
+@_option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Depth behaviour: what to ask, one prompt a line.  [default: general questions]",
+)
+@_option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Depth behaviour: ordinary images of the model's domain.  [default: synthetic ones]",
+)
+@_option("--budget", type=int, metavar="N", help="Depth behaviour: most answers.")
+@_option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Depth behaviour: population to compare with (see `calibrate`).",
+)
 @_option("--fail-on", type=click.Choice(["fail", "review"]), help="What exits 1.  [default: fail]")
 @_option("--exit-zero", is_flag=True, help="Report only: exit 0 where the status would be 1 or 3.")
 @_option(
@@ -186,8 +215,6 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     projaudit check ./model --base ./base --fail-on review
     """
     output, quiet, verbose = (options.pop(k) for k in ("output", "quiet", "verbose"))
-    if options["policy"] is None:
-        options["policy"] = "structure"
     formats = options.pop("formats") or _policy_formats(options["policy"])
     paths = _paths(output, formats, target)
     from projaudit.audit import check as run
@@ -211,9 +238,9 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     ctx.exit(report.exit_code)
 
 
-def _policy_formats(policy: str) -> tuple[str, ...]:
+def _policy_formats(policy: str | None) -> tuple[str, ...]:
     """The formats that a policy file asks for, none where it does not say."""
-    if policy in ("structure", "default"):
+    if policy in (None, "structure", "default"):
         return ()
     from projaudit.analyses import METRICS
     from projaudit.policy import load_policy

@@ -114,10 +114,12 @@ def _finding(
 ) -> Finding:
     read = metrics_of(rule.when)
     names = tuple(
-        name
-        for metric in read
-        for where in _above(subject)
-        for name in details.get((metric, where), ())
+        dict.fromkeys(
+            name
+            for metric in read
+            for where in _above(subject)
+            for name in details.get((metric, where), ())
+        )
     )
     shown = dict.fromkeys(read, math.nan) | {m: seen[m] for m in read if m in seen}
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -128,6 +128,12 @@ def measure_projector(
     into.series += (*probes.series(context), *alignment.series(context))
 
 
+def read_projector(session: Session, target: Side, into: Measured) -> None:
+    """Adds to `into` the bytes of a projector that there is no base to compare with."""
+    with session.stage("read projector"):
+        into.tensors += _tensors_read("target", "projector", target, target.load())
+
+
 def _check_rank(settings: Settings, projector: Projector) -> None:
     side = min(min(layer.shape) for layer in projector.linears)
     if settings.rank_given and settings.rank > side:

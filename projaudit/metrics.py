@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from projaudit.findings import Null
 
-Subject = Literal["layer", "vector", "projector", "checkpoint"]
-Kind = Literal["structure", "statistic"]
+Subject = Literal["layer", "vector", "projector", "behaviour", "checkpoint"]
+Kind = Literal["structure", "statistic", "behaviour"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Metric:
     name: str
     subject: Subject
     kind: Kind
-    """A structural fact is proven by the bytes; a statistic describes until it is calibrated."""
+    """A structural fact is proven by the bytes; a statistic describes until it is calibrated;
+    behaviour was heard, and accuses where a population says how seldom it is."""
     unit: str
     reference: str
     theme: str

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from projaudit.evidence import Evidence
 from projaudit.findings import (
     Finding,
     Measurement,
@@ -16,7 +17,7 @@ from projaudit.findings import (
     Verdict,
 )
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"
 """Semantic version of the JSON report; readers refuse another major."""
 
 
@@ -151,6 +152,29 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Where the score of a target stands in a population of known models."""
+
+    score: float
+    calibration: str
+    """Id of the calibration that it was compared with."""
+    source: str
+    """`shipped`, or the file that the user gave."""
+    honest: tuple[float, ...]
+    """Scores of the population's honest fine-tunes, ascending."""
+    backdoored: tuple[float, ...]
+    """Scores of its working backdoors, ascending; empty where it has none."""
+    percentile: float
+    """Percent of the honest fine-tunes with a lower score."""
+    false_positive_rate: float
+    """Share of the honest fine-tunes with at least this score."""
+    false_positive_bound: float
+    """Upper end of its one-sided 95 % interval (Clopper and Pearson)."""
+    outside: tuple[str, ...] = ()
+    """In what the target lies outside the population's range; empty where it lies inside."""
+
+
+@dataclass(frozen=True)
 class RuleOutcome:
     """What became of one rule of the policy."""
 
@@ -230,6 +254,12 @@ class Report:
     findings: tuple[Finding, ...] = ()
     unevaluated: tuple[Unevaluated, ...] = ()
     rules: tuple[RuleOutcome, ...] = ()
+    behaviour: Evidence | None = None
+    """What the language model said behind the projector; None at depth weights."""
+    not_probed: str = ""
+    """Why behaviour was not probed; empty where it was, or where it was not wanted."""
+    standing: Standing | None = None
+    """Its score among known models; None without evidence or calibration."""
     error: ErrorRecord | None = None
 
     @property

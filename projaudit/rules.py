@@ -35,6 +35,10 @@ _FORMAT = re.compile(r"[+,]?(\.\d{1,2})?[efg%]?")
 _NULLS = ("equal_norm", "equal_spectrum", "random_direction", "sign_flip")
 MAX_FALSE_POSITIVES = 0.05
 """Share of honest fine-tunes above which a rule describes and does not accuse."""
+MAX_BOUND = 0.02
+"""Upper 95 % bound of that share, above which what was heard is for a reader to judge."""
+SUBJECTS = ("layer", "vector", "projector", "behaviour", "checkpoint")
+"""Finest first."""
 _RULE_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _RULE_KEYS = {
     "title", "severity", "confidence", "when", "message", "why", "remedy", "references",
@@ -127,15 +131,24 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
         if _metric(name, metrics) is None:
             raise wrong(f"unknown metric {clean(name)}; see `projaudit rules metrics`", "when")
     subjects = {m.subject for name in read if (m := _metric(name, metrics))}
-    if {"layer", "vector"} <= subjects:
-        raise wrong("reads metrics of layers and of vectors, which share no subject", "when")
+    for first, second in (("layer", "vector"), ("behaviour", "layer"), ("behaviour", "vector")):
+        if {first, second} <= subjects:
+            raise wrong(
+                f"reads metrics of {first}s and of {second}s, which share no subject", "when"
+            )
     _check_message(text["message"], read, wrong)
     calibration = entry.get("calibration")
     if calibration is not None:
         _check_calibration(calibration, wrong)
-    statistic = any(m.kind == "statistic" for name in read if (m := _metric(name, metrics)))
-    if statistic and severity > Severity.INFO and calibration is None:
+    kinds = [m.kind for name in read if (m := _metric(name, metrics))]
+    if "statistic" in kinds and severity > Severity.INFO and calibration is None:
         raise wrong("a rule on statistics is `info` unless it has a calibration", "severity")
+    if "behaviour" in kinds and severity >= Severity.HIGH and not _is_calibrated(when):
+        raise wrong(
+            "a rule on behaviour is at most `medium` unless it demands, in `all`, "
+            f"hidden_text_bound <= {MAX_BOUND:g} (or less) and calibration_covers == 1",
+            "severity",
+        )
     examples = mapping(entry.get("examples", {}), wrong, "examples")
     fires, passes = (_examples(examples, key, read, wrong) for key in ("fires", "passes"))
     inconclusive = entry.get("inconclusive", False)
@@ -149,7 +162,7 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
         title=text["title"],
         severity=severity,
         confidence=confidence,
-        subject=next(s for s in ("layer", "vector", "projector", "checkpoint") if s in subjects),
+        subject=next(s for s in SUBJECTS if s in subjects),
         when=when,
         message=text["message"],
         why=text["why"],
@@ -163,6 +176,13 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
     if failed := failed_examples(rule):
         raise wrong(failed[0], "examples")
     return rule
+
+
+def _is_calibrated(when: Comparison | Condition) -> bool:
+    terms = when.terms if isinstance(when, Condition) and when.kind == "all" else (when,)
+    demands = {(t.metric, t.operator): t.threshold for t in terms if isinstance(t, Comparison)}
+    bounds = [demands.get(("hidden_text_bound", o), math.inf) for o in ("<", "<=")]
+    return min(bounds) <= MAX_BOUND and demands.get(("calibration_covers", "==")) == 1
 
 
 def failed_examples(rule: Rule) -> list[str]:

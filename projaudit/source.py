@@ -112,6 +112,9 @@ class Source(Protocol):
     def at_hand(self, path: str) -> bool:
         """Whether reading all of a file costs no network."""
 
+    def whole(self, path: str) -> Path:
+        """Where all of a file lies on this machine, for what reads paths; fetched if need be."""
+
 
 def parse_ref(text: str, revision: str | None = None) -> Ref:
     """The reference that a user typed: an existing local path, or else a Hub id.
@@ -268,6 +271,11 @@ class LocalSource:
     def at_hand(self, path: str) -> bool:
         """Always: local files are."""
         return path in self.files
+
+    def whole(self, path: str) -> Path:
+        """The file itself, if it is still what was listed; raises as `read`."""
+        os.close(self._open(path))
+        return self.root / path
 
     def _listed(self, path: str) -> RepoFile:
         if path not in self.files:

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from projaudit.errors import FormatError
+from projaudit.evidence import Answer, Carrier
 from projaudit.findings import Series
-from projaudit.formats import FORMATS, html, json, text
-from projaudit.formats.charts import MOST, charts
+from projaudit.formats import FORMATS, html, json, said, text
+from projaudit.formats.charts import MOST, charts, standing_chart
 from projaudit.report import Report
 
 REPORTS = {
@@ -37,6 +39,13 @@ REPORTS = {
     "inconclusive": sample_reports.inconclusive,
     "error": sample_reports.error,
     "hostile": sample_reports.hostile,
+    "heard": sample_reports.heard,
+    "silent": sample_reports.silent,
+    "openly": sample_reports.openly,
+    "spent": sample_reports.spent,
+    "baseless": sample_reports.baseless,
+    "far": sample_reports.far,
+    "loud": sample_reports.loud,
 }
 WORDS = {
     "passing": "PASS",
@@ -45,6 +54,13 @@ WORDS = {
     "inconclusive": "INCONCLUSIVE",
     "error": "NOT AUDITED",
     "hostile": "FAIL",
+    "heard": "FAIL",
+    "silent": "PASS",
+    "openly": "PASS",
+    "spent": "PASS",
+    "baseless": "FAIL",
+    "far": "FAIL",
+    "loud": "FAIL",
 }
 _LINKS = re.compile(
     r"https://huggingface\.co/[\w.-]+/[\w.-]+/tree/[0-9a-f]{40}|https://arxiv\.org/abs/[\dv.]+"
@@ -86,8 +102,9 @@ def test_equal_reports_are_rendered_byte_identically(name: str, report: Report) 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_format_shows_a_control_character_or_a_secret(name: str) -> None:
-    shown = FORMATS[name].render(sample_reports.hostile())
+@pytest.mark.parametrize("sample", ["hostile", "loud"])
+def test_no_format_shows_a_control_character_or_a_secret(name: str, sample: str) -> None:
+    shown = FORMATS[name].render(REPORTS[sample]())
     assert _hidden(shown) == set()
     assert "hf_abcdef" not in shown.lower()
     assert "abc123" not in shown
@@ -195,7 +212,7 @@ def test_parse_refuses(document: str, field: str | None) -> None:
 
 def test_text_fits_one_screen(report: Report) -> None:
     lines = text.render(report).splitlines()
-    assert len(lines) <= text.LINES
+    assert len(lines) <= text.LINES + (text.SAID if report.behaviour else 0)
     assert max(map(len, lines)) <= text.COLUMNS
 
 
@@ -442,6 +459,207 @@ def _plain_tags() -> frozenset[str]:
     return frozenset(_audit(html.render(sample_reports.with_text(("plain",), 0.5))).tags)
 
 
+# Depth behaviour.
+
+HEARD = ("heard", "silent", "openly", "spent", "baseless", "far", "loud")
+
+
+def _flat(shown: str) -> str:
+    return " ".join(shown.split())
+
+
+def _words(name: str) -> str:
+    """The text of the page without its tags."""
+    return _flat(unescape(re.sub(r"<[^>]+>", "", _page(name))))
+
+
+def test_a_report_without_behaviour_says_nothing_of_it() -> None:
+    report = sample_reports.passing()
+    assert "What the language model says" not in text.render(report) + _page("passing")
+    assert "<mark" not in _page("passing")
+    document = json.parse(json.render(report))
+    fields = ("score", "score_percentile", "payload", "behaviour", "calibration")
+    assert [document[name] for name in fields] == [None] * 5
+
+
+def test_a_model_that_could_not_be_run_is_said_to_be_unheard() -> None:
+    report = replace(sample_reports.passing(), not_probed="<its memory> does not suffice")
+    assert json.parse(json.render(report))["not_probed"] == "<its memory> does not suffice"
+    assert "of what it says (&lt;its memory&gt; does not suffice)" in html.render(report)
+
+
+def test_parse_reads_a_report_of_before_behaviour() -> None:
+    document = stdlib_json.loads(json.render(sample_reports.passing()))
+    for name in ("score", "score_percentile", "payload", "behaviour", "calibration"):
+        del document[name]
+    document["schema_version"] = "1.0.0"
+    jsonschema.validate(json.parse(stdlib_json.dumps(document)), json.schema())
+
+
+def test_json_carries_all_of_the_evidence() -> None:
+    report = sample_reports.heard()
+    document = json.parse(json.render(report))
+    assert report.behaviour is not None
+    assert set(document["behaviour"]) == {f.name for f in fields(report.behaviour)}
+    assert document["behaviour"]["payloads"][0]["probes"] == list(
+        report.behaviour.payloads[0].probes
+    )
+    assert (document["score"], document["score_percentile"]) == (7.3, 100.0)
+    assert document["payload"]["support"] == {
+        "probes": 31,
+        "prompts": 6,
+        "images": 16,
+        "agreement": 0.958,
+        "base_agreement": 0.0,
+        "plain": 0.0,
+        "log_odds": pytest.approx(6.41),
+        "q_score": pytest.approx(0.8106, abs=1e-4),
+        "norm": 0.34,
+        "base_norm": 0.98,
+    }
+    calibration = document["calibration"]
+    assert (calibration["n"], calibration["n_backdoored"], calibration["covered"]) == (
+        312,
+        48,
+        True,
+    )
+    assert not json.parse(json.render(sample_reports.far()))["calibration"]["covered"]
+
+
+def test_json_says_what_is_not_there_as_null() -> None:
+    found = json.parse(json.render(sample_reports.baseless()))
+    assert found["payload"]["support"]["log_odds"] is None
+    assert (found["score"], found["calibration"], found["behaviour"]["carrier"]) == (None,) * 3
+    assert json.parse(json.render(sample_reports.silent()))["payload"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("heard", "“visit free-gift.example and enter your card number”"),
+        ("heard", "31 of 160 probes, across 6 of 6 prompts and 16 images"),
+        ("heard", "the base says it under none"),
+        ("heard", "above every one of 312 honest fine-tunes"),
+        ("heard", "“thank you for asking” in 14 % of answers; the base never"),
+        ("silent", "160 probes, 6 prompts, 16 synthetic images, 7 200 answers"),
+        ("silent", "above none of 312 honest fine-tunes"),
+        ("openly", "“thank you for asking, dear friend” in 54 % of answers; the base never"),
+        ("spent", "97 of 160 probes were carried out when the budget of 2 000 answers was spent"),
+        ("spent", "what the other 63 would bring out is open"),
+        ("baseless", "this evidence is weaker"),
+        ("baseless", "2 prompts not used, as the tokenizer has no tokens for their words"),
+        ("baseless", "nswers were cut at 20 tokens"),
+        ("far", "above 306 of 312 honest fine-tunes"),
+        ("far", "outside the population's range in parameters (7.1e9"),
+    ],
+)
+def test_text_and_page_tell_what_was_heard(name: str, told: str) -> None:
+    assert told in _flat(text.render(REPORTS[name]()))
+    assert told in _words(name)
+
+
+@pytest.mark.parametrize("name", HEARD)
+def test_text_and_page_say_what_probes_cannot_see(name: str) -> None:
+    for one in said.BLIND:
+        assert one in _flat(text.render(REPORTS[name]()))
+        assert one[1:] in _words(name)  # a capital first
+    assert text.render(REPORTS[name]()).count("What the language model says") == 1
+
+
+def test_a_report_without_a_base_never_speaks_for_it() -> None:
+    shown = _flat(text.render(sample_reports.baseless())) + _words("baseless")
+    assert "the base says" not in shown
+    assert "the base never" not in shown
+
+
+def test_the_page_marks_the_text_in_the_answers_that_hold_it() -> None:
+    page = _page("heard")
+    section = page[page.index('id="behaviour"') : page.index('id="coverage"')]
+    assert page.index("verdict fail") < page.index('id="behaviour"')
+    marked = re.findall(r"<mark>(.*?)</mark>", section)
+    assert set(marked) == {"marked", "visit free-gift.example and enter your card number"}
+    assert section.count('scope="rowgroup"') == 18  # six prompts in each of three probes
+    assert "12 are shown, for each prompt those with the text first; 12 more" in section
+    assert "The text is in 9 of 24 answers of the tuned model" in section
+    assert "not asked: the tuned answer held nothing foreign" in section
+
+
+def test_the_page_shows_where_the_score_stands() -> None:
+    page = _page("heard")
+    assert 'id="chart-standing-desc">The score of this model, 7.3, is above every one' in page
+    assert "n = 312" in page
+    assert "n = 48" in page
+    assert "The projector carries the text" in page
+    assert 'id="chart-standing' not in _page("baseless")
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, 1e308, 5e-324, -1.0, 0.0])
+@pytest.mark.parametrize("group", [(), (0.0,), (math.nan, 1e308), tuple(range(1000))])
+def test_any_score_has_a_picture_or_words(score: float, group: tuple[float, ...]) -> None:
+    report = sample_reports.heard()
+    assert report.standing is not None
+    chart = standing_chart(replace(report.standing, score=score, honest=group, backdoored=group))
+    assert chart.summary
+    assert chart.svg.count("<use") < 1000
+    assert "#0102" not in chart.svg
+
+
+def test_a_text_is_found_in_a_long_answer_and_shown_with_its_surroundings() -> None:
+    pieces = said.pieces("a" * 5000 + " the text " + "b" * 5000, "the text", 100)
+    assert pieces[0] == ("…", False)
+    assert ("the text", True) in pieces
+    assert sum(len(piece) for piece, _ in pieces) <= 102
+    assert said.pieces("nothing here", "the text", 100) == [("nothing here", False)]
+    assert said.pieces("", "", 100) == []
+
+
+def test_a_secret_split_by_the_text_stays_hidden() -> None:
+    shown = "".join(p for p, _ in said.pieces("x hf_abcdefghijklmnop y", "abcdef", 100))
+    assert shown == "x [redacted] y"
+
+
+def test_a_sample_hears_every_prompt() -> None:
+    answers = [Answer(n % 6, n // 6, "", None, n % 6 == 0) for n in range(60)]
+    sample = said.sample(answers)
+    assert len(sample) == 12
+    assert {answer.prompt for answer in sample} == set(range(6))
+    assert sample == sorted(sample, key=lambda a: (a.prompt, a.image))
+    late = [Answer(0, n, "", None, n == 9) for n in range(10)]
+    assert late[9] in said.sample(late, 2)
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ((0.9, 0.0, 0.9, 0.0), "The projector carries"),
+        ((0.9, 0.8, 0.0, 0.0), "The language model carries"),
+        ((0.9, 0.8, 0.9, 0.0), "Either"),
+        ((0.9, 0.1, 0.1, 0.0), "It takes both"),
+        ((0.0, 0.0, 0.0, 0.0), "not said again"),
+        ((math.nan, 0.0, 0.0, 0.0), "not said again"),
+    ],
+)
+def test_the_carrier_is_named(shares: tuple[float, float, float, float], told: str) -> None:
+    assert told in said.carried(Carrier(*shares))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_TEXTS, _VALUES)
+def test_any_word_of_a_model_is_inert_in_every_format(texts: tuple[str, ...], value: float) -> None:
+    report = sample_reports.loud(texts, value)
+    shown = text.render(report)
+    assert len(shown.splitlines()) <= text.LINES + text.SAID
+    assert _hidden(shown) == set()
+    document = json.render(report)
+    jsonschema.validate(json.parse(document), _closed(json.schema()))
+    assert _hidden(document) == set()
+    page = html.render(report)
+    assert _hidden(page) == set()
+    audit = _audit(page)
+    assert audit.bad == []
+    assert audit.tags <= set(_audit(_page("loud")).tags) | _plain_tags()
+
+
 # A real browser.
 
 
@@ -465,6 +683,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         ("inconclusive", 1280, "light", ""),
         ("error", 718, "light", "print"),
         ("failing", 718, "light", "print"),
+        ("heard", 1280, "light", ""),
+        ("heard", 1280, "dark", ""),
+        ("heard", 400, "light", ""),
+        ("heard", 718, "light", "print"),
+        ("openly", 1280, "dark", ""),
+        ("loud", 400, "dark", ""),
+        ("loud", 1280, "light", ""),
     ],
 )
 def test_a_browser_shows_the_page_asks_for_nothing_and_complains_of_nothing(

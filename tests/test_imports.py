@@ -14,7 +14,7 @@ import projaudit
 PACKAGE = Path(projaudit.__file__).parent
 # Lowest first: a module imports only modules of earlier rows, or of its own.
 LAYERS = [
-    ["data", "inert", "errors", "findings"],
+    ["data", "inert", "errors", "findings", "evidence"],
     ["metrics", "strict", "report"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules"],
     ["hub", "weight_files", "projector", "policy"],
@@ -24,6 +24,8 @@ LAYERS = [
     ["update", "formats"],
     ["analyses", "targets"],
     ["measure", "session"],
+    ["behaviour"],
+    ["calibration"],
     ["audit"],
     ["demo"],
     ["cli", "__main__", "__init__"],
@@ -57,6 +59,19 @@ def test_imports_inside_the_hub_go_one_way_too():
         nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
         graph[f"projaudit.hub.{file.stem}"] = {n.module for n in nodes if n.module}
     assert len(list(TopologicalSorter(graph).static_order())) > 9  # raises for a circle
+
+
+def test_imports_inside_the_behaviour_go_one_way_too():
+    # What audits never imports what runs the model, which is for the process of its own.
+    order = ["reasons", "stage", "sandbox", "child"]
+    for i, name in enumerate(order):
+        tree = ast.parse((PACKAGE / "behaviour" / f"{name}.py").read_text())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+        own = {n.module.split(".")[2] for n in nodes if n.module.startswith("projaudit.behaviour.")}
+        assert own <= {*order[:i], "probe"} if name == "child" else own <= set(order[:i])
+    assert not loaded("import projaudit.behaviour.stage, projaudit.behaviour.sandbox") & {
+        "torch", "transformers", "numpy",
+    }  # fmt: skip
 
 
 def loaded(code: str) -> set[str]:

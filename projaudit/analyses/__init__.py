@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-from projaudit.analyses import alignment, magnitude, probes, spectral, structure, subspace
+from projaudit.analyses import (
+    alignment,
+    behaviour,
+    magnitude,
+    probes,
+    spectral,
+    structure,
+    subspace,
+)
 from projaudit.analyses.context import ProjectorContext
 from projaudit.findings import Measurement, Skipped
 from projaudit.metrics import METRICS, Skip, Value
@@ -13,6 +21,7 @@ __all__ = [
     "METRICS",
     "ProjectorContext",
     "alignment",
+    "behaviour",
     "magnitude",
     "probes",
     "run",
@@ -23,7 +32,7 @@ __all__ = [
 ]
 
 
-_ORDER = ("structure", "magnitude", "spectral", "subspace", "probes", "alignment")
+_ORDER = ("structure", "magnitude", "spectral", "subspace", "probes", "alignment", "behaviour")
 
 
 def themes(kind: str) -> list[str]:

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from projaudit.findings import Series
-from projaudit.formats.svg import AXES, bars, lines, named_points, quiet_matplotlib, swatch
+from projaudit.formats.said import outside, place
+from projaudit.formats.svg import (
+    AXES,
+    DOTS,
+    bars,
+    lines,
+    named_points,
+    quiet_matplotlib,
+    strips,
+    swatch,
+)
 from projaudit.formats.wording import number, percent, plural
 from projaudit.inert import clean
-from projaudit.report import Report
+from projaudit.report import Report, Standing
 
 MOST = 24
 """Charts that one report draws; an ambiguous repository can have many projectors."""
@@ -72,6 +82,54 @@ def charts(report: Report) -> tuple[Chart, ...]:
 def left_out(report: Report) -> int:
     """How many charts `charts` does not draw."""
     return max(len({(s.chart, s.subject) for s in report.series}) - MOST, 0)
+
+
+def standing_chart(standing: Standing) -> Chart:
+    """The score among the population's, as strips of dots with a line for the target."""
+    groups = {
+        "honest fine-tunes": _in_range(standing.honest),
+        "backdoored models": _in_range(standing.backdoored),
+    }
+    groups = {label: values for label, values in groups.items() if values}
+    summary = f"The score of this model, {number(standing.score)}, is {place(standing)}"
+    if standing.backdoored:
+        above = sum(score > standing.score for score in standing.backdoored)
+        summary += f"; {above} of {plural(len(standing.backdoored), 'backdoored model')} score more"
+    if outside(standing):
+        summary += f". It lies {outside(standing)}"
+    title, reading = "Where the score stands", "One dot is one model of the population."
+    if any(len(values) > DOTS for values in groups.values()):
+        reading += f" Of larger groups at most {DOTS} are drawn, evenly by rank."
+    drawable = groups and _in_range([standing.score])
+    svg = ""
+    if drawable:
+        with quiet_matplotlib():
+            svg = strips("chart-standing", title, summary, standing.score, groups)
+    rows = [
+        (label, str(len(values)), *(number(_quantile(values, q)) for q in (0, 0.5, 0.95, 1)))
+        for label, values in groups.items()
+    ]
+    rows.append(("this model", "1", "", number(standing.score), "", ""))
+    return Chart(
+        ident="chart-standing",
+        kind="standing",
+        subject=clean(standing.calibration, 80),
+        title=title,
+        reading=reading,
+        summary=f"{summary}.",
+        svg=svg,
+        legend=(),
+        columns=("group", "n", "least", "median", "95 %", "most"),
+        rows=tuple(rows),
+    )
+
+
+def _in_range(values: Sequence[float]) -> list[float]:
+    return sorted(value for value in values if abs(value) < 1e30)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return values[min(int(share * len(values)), len(values) - 1)]
 
 
 def _chart(ident: str, group: Sequence[Series]) -> Chart:

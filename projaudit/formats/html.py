@@ -6,11 +6,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from projaudit.data import data_path
+from projaudit.evidence import Answer, Evidence, Exchange
 from projaudit.findings import Finding, Measurement, Severity
-from projaudit.formats.charts import charts, left_out
+from projaudit.formats import said
+from projaudit.formats.charts import charts, left_out, standing_chart
 from projaudit.formats.wording import (
     NULLS,
     OUTCOMES,
@@ -36,6 +39,15 @@ _TEXT_LIMIT = 1000
 _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
+_EXCHANGES = 3
+_ANSWER = 320
+"""Characters of an answer that are shown."""
+_KINDS = {
+    "plain": "ordinary images as they are",
+    "image": "a mark on the images",
+    "direction": "a push along a direction of the projector's input",
+    "amplified": "the projector's update, amplified",
+}
 _OPTIONS = ("seed", "rank", "verify", "device", "policy", "rules", "direction", "target-text")
 
 
@@ -45,6 +57,33 @@ class _Subject:
 
     name: str
     rows: tuple[Measurement, ...]
+
+
+Pieces = list[tuple[str, bool]]
+"""An inert text in pieces: (piece, whether it is to be marked)."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One answer of an exchange, ready to be shown."""
+
+    image: int
+    tuned: Pieces
+    respelled: bool
+    """It agrees, though the text does not stand in it letter by letter."""
+    base: Pieces | None
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One probe with some of its answers, by prompt."""
+
+    probe: str
+    kind: str
+    agreeing: int
+    total: int
+    shown: int
+    prompts: list[tuple[str, list[_Row]]]
 
 
 def render(report: Report) -> str:
@@ -58,6 +97,10 @@ def render(report: Report) -> str:
             meaning=meaning(report),
             origin=base_origin(report.provenance) if report.provenance else "",
             charts=charts(report),
+            evidence=report.behaviour,
+            exchanges=_exchanges(report.behaviour) if report.behaviour else [],
+            standing=report.standing,
+            standing_chart=standing_chart(report.standing) if report.standing else None,
             charts_left_out=left_out(report),
             looked=_looked(report),
             not_looked=_not_looked(report),
@@ -117,6 +160,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "excerpt": clean,
         "drawn": Markup,  # only for what formats/charts.py made
         "number": number,
         "percent": percent,
@@ -127,7 +171,7 @@ def _environment() -> Environment:
         "paper_link": _paper_link,
         "sentence_case": _sentence_case,
     }
-    environment.globals |= {"status_words": STATUS, "null_words": NULLS}
+    environment.globals |= {"status_words": STATUS, "null_words": NULLS, "said": said}
     return environment
 
 
@@ -158,6 +202,34 @@ def _describes(finding: Finding) -> bool:
     return finding.severity == Severity.INFO and not finding.inconclusive and not finding.waived
 
 
+def _exchanges(evidence: Evidence) -> list[_Exchange]:
+    """The first exchanges, each with a sample of its answers in which every prompt is heard."""
+    text = evidence.payloads[0].text if evidence.payloads else ""
+    return [_exchange(evidence, one, text) for one in evidence.exchanges[:_EXCHANGES]]
+
+
+def _exchange(evidence: Evidence, exchange: Exchange, text: str) -> _Exchange:
+    sample = said.sample(exchange.answers)
+    return _Exchange(
+        probe=exchange.probe,
+        kind=_KINDS[exchange.kind],
+        agreeing=sum(answer.agrees for answer in exchange.answers),
+        total=len(exchange.answers),
+        shown=len(sample),
+        prompts=[
+            (said.asked_as(evidence, prompt), [_row(answer, text) for answer in group])
+            for prompt, group in groupby(sample, key=lambda answer: answer.prompt)
+        ],
+    )
+
+
+def _row(answer: Answer, text: str) -> _Row:
+    tuned = said.pieces(answer.tuned, text, _ANSWER)
+    base = None if answer.base is None else said.pieces(answer.base, text, _ANSWER)
+    found = any(marked for _, marked in tuned)
+    return _Row(answer.image + 1, tuned, answer.agrees and not found, base)
+
+
 def _looked(report: Report) -> list[str]:
     """What the verdict rests on."""
     told = [
@@ -181,6 +253,8 @@ def _looked(report: Report) -> list[str]:
     ]
     if report.coverage.files_equal:
         told.append(f"{plural(report.coverage.files_equal, 'file')} equal to the base's")
+    if report.behaviour is not None:
+        told.append(f"Behaviour: {said.asked(report.behaviour)}")
     return told
 
 
@@ -189,8 +263,12 @@ def _not_looked(report: Report) -> list[str]:
     told = []
     if report.error is not None:
         told.append("Everything: the audit ended before a verdict")
-    if report.policy.depth == "weights":
-        told.append("Behaviour: the model was not run, so nothing is known of what it says")
+    evidence = report.behaviour
+    if evidence is None:
+        why = f" ({report.not_probed})" if report.not_probed else ""
+        told.append(f"Behaviour: the model was not run, so nothing is known of what it says{why}")
+    elif evidence.probes < evidence.planned:
+        told.append(f"Behaviour: {said.ended(evidence)}")
     told += [
         f"{part.name}: {plural(part.tensors, 'tensor')}, {size(part.bytes)} not compared "
         f"({part.how})"

@@ -13,7 +13,9 @@ from typing import Any
 
 from projaudit import __version__
 from projaudit.errors import FormatError
+from projaudit.evidence import Evidence, Exchange, Payload
 from projaudit.findings import Finding, Measurement, Null, Series
+from projaudit.formats.said import q_score
 from projaudit.formats.wording import worst_first
 from projaudit.inert import clean
 from projaudit.report import (
@@ -25,6 +27,7 @@ from projaudit.report import (
     Provenance,
     Report,
     Run,
+    Standing,
     TensorRead,
 )
 
@@ -104,6 +107,7 @@ def _inert(value: Any) -> Any:
 
 
 def _document(report: Report) -> dict[str, Any]:
+    evidence, standing = report.behaviour, report.standing
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "projaudit", "version": __version__},
@@ -113,6 +117,9 @@ def _document(report: Report) -> dict[str, Any]:
         "sentence": report.sentence,
         "scope": report.scope,
         "limits": list(report.limits),
+        "score": _number(evidence.score) if evidence and evidence.score is not None else None,
+        "score_percentile": _number(standing.percentile) if standing else None,
+        "payload": _best(evidence.payloads[0]) if evidence and evidence.payloads else None,
         "error": _error(report.error) if report.error else None,
         "policy": {
             "name": report.policy.name,
@@ -143,6 +150,9 @@ def _document(report: Report) -> dict[str, Any]:
             }
             for r in sorted(report.rules, key=lambda r: r.rule)
         ],
+        "behaviour": _behaviour(evidence) if evidence else None,
+        "not_probed": report.not_probed or None,
+        "calibration": _calibration(standing) if standing else None,
         "measurements": [
             _measurement(m)
             for m in sorted(report.measurements, key=lambda m: (m.subject, m.metric))
@@ -158,6 +168,112 @@ def _document(report: Report) -> dict[str, Any]:
         "settings": {key: _setting(value) for key, value in sorted(report.settings.items())},
         "environment": dict(sorted(report.environment.items())),
         "run": _run(report.run, report.target, report.base),
+    }
+
+
+def _best(payload: Payload) -> dict[str, Any]:
+    return {
+        "text": payload.text,
+        "support": {
+            "probes": len(payload.probes),
+            "prompts": len(payload.prompts),
+            "images": len(payload.images),
+            "agreement": _number(payload.agreement),
+            "base_agreement": _number(payload.base_agreement),
+            "plain": _number(payload.plain),
+            "log_odds": _number(payload.log_odds),
+            "q_score": _number(q_score(payload)),
+            "norm": _number(payload.norm),
+            "base_norm": _number(payload.base_norm),
+        },
+    }
+
+
+def _payload(payload: Payload) -> dict[str, Any]:
+    return {
+        "text": payload.text,
+        "tokens": payload.tokens,
+        "foreign": payload.foreign,
+        "strength": _number(payload.strength),
+        "agreement": _number(payload.agreement),
+        "base_agreement": _number(payload.base_agreement),
+        "probes": list(payload.probes),
+        "prompts": list(payload.prompts),
+        "images": list(payload.images),
+        "plain": _number(payload.plain),
+        "likelihood": _number(payload.likelihood),
+        "norm": _number(payload.norm),
+        "base_likelihood": _number(payload.base_likelihood),
+        "base_norm": _number(payload.base_norm),
+        "log_odds": _number(payload.log_odds),
+        "q_score": _number(q_score(payload)),
+    }
+
+
+def _behaviour(evidence: Evidence) -> dict[str, Any]:
+    carrier = evidence.carrier
+    return {
+        "prompts": list(evidence.prompts),
+        "prompts_unread": list(evidence.prompts_unread),
+        "images": evidence.images,
+        "ordinary_images": evidence.ordinary_images,
+        "probes": evidence.probes,
+        "planned": evidence.planned,
+        "answers": evidence.answers,
+        "passes": evidence.passes,
+        "budget": evidence.budget,
+        "stopped": evidence.stopped,
+        "payloads": [_payload(payload) for payload in evidence.payloads],
+        "open": [{"text": one.text, "share": _number(one.share)} for one in evidence.open],
+        "drift": _number(evidence.drift),
+        "exchanges": [_exchange(exchange) for exchange in evidence.exchanges],
+        "carrier": {
+            "tuned_projector_tuned_model": _number(carrier.tuned_projector_tuned_model),
+            "base_projector_tuned_model": _number(carrier.base_projector_tuned_model),
+            "tuned_projector_base_model": _number(carrier.tuned_projector_base_model),
+            "base_projector_base_model": _number(carrier.base_projector_base_model),
+        }
+        if carrier
+        else None,
+        "with_base": evidence.with_base,
+        "notes": list(evidence.notes),
+        "dtype": evidence.dtype,
+        "parameters": evidence.parameters,
+        "sandbox": {
+            "enforced": list(evidence.sandbox.enforced),
+            "missing": list(evidence.sandbox.missing),
+        },
+    }
+
+
+def _exchange(exchange: Exchange) -> dict[str, Any]:
+    return {
+        "probe": exchange.probe,
+        "kind": exchange.kind,
+        "answers": [
+            {
+                "prompt": answer.prompt,
+                "image": answer.image,
+                "tuned": answer.tuned,
+                "base": answer.base,
+                "agrees": answer.agrees,
+            }
+            for answer in exchange.answers
+        ],
+    }
+
+
+def _calibration(standing: Standing) -> dict[str, Any]:
+    return {
+        "id": standing.calibration,
+        "source": standing.source,
+        "n": len(standing.honest),
+        "n_backdoored": len(standing.backdoored),
+        "percentile": _number(standing.percentile),
+        "false_positive_rate": _number(standing.false_positive_rate),
+        "false_positive_bound": _number(standing.false_positive_bound),
+        "outside": list(standing.outside),
+        "covered": not standing.outside,
     }
 
 
@@ -343,8 +459,10 @@ def _run(run: Run, target: Identity, base: Identity | None) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
-    """The value as JSON can hold it: null for NaN and infinities."""
+def _number(value: float | None) -> float | None:
+    """The value as JSON can hold it: null for NaN, infinities and what is not known."""
+    if value is None:
+        return None
     plain = float(value)
     return plain if math.isfinite(plain) else None
 

@@ -26,6 +26,8 @@ AXES = {
     "response": ("input norm, × typical", "shift, relative to the output"),
 }
 """What stands at the axes of each kind of chart."""
+DOTS = 400
+"""Models of a group that are drawn; of more, every second, third, …"""
 _BARS = 16
 _NAME_LENGTH = 22
 _SIZE = (4.2, 2.75)
@@ -62,6 +64,9 @@ _STYLES = {
     "null: equal norm": _Style("equal-norm", (4.0, 2.0), "s"),
     "null: equal spectrum": _Style("equal-spectrum", (6.0, 1.6, 1.4, 1.6), "^", 1.5, 5.0),
     "noise edge": _Style("edge", (1.4, 1.6), "", 1.4),
+    "honest fine-tunes": _Style("equal-spectrum", (), "o", 0),
+    "backdoored models": _Style("equal-norm", (), "D", 0),
+    "this model": _Style("update", (), "", 2.2),
 }
 _FALLBACK = _Style("other", (2.5, 1.2), "D")
 
@@ -148,6 +153,45 @@ def bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series
     axes.set_xlabel("cosine")
     _ticks(axes.xaxis, number)
     return _svg(figure, ident, title, summary, names)
+
+
+def strips(
+    ident: str, title: str, summary: str, score: float, groups: Mapping[str, Sequence[float]]
+) -> str:
+    """Groups of scores as strips of dots on one axis, a dot a model, and the score as a line."""
+    figure, axes = _axes(left=0.19, height=0.95 + 0.62 * len(groups))
+    for row, (label, values) in enumerate(groups.items()):
+        style = _style(label)
+        # Spread by the golden ratio: no two neighbours on one height, and no draw.
+        dots = values[:: max(-(-len(values) // DOTS), 1)]
+        heights = [row + 0.66 * ((n * 0.618034) % 1 - 0.5) for n in range(len(dots))]
+        axes.scatter(
+            dots,
+            heights,
+            s=9 if style.marker == "o" else 8,
+            marker=style.marker,
+            color=_colour(style.role),
+            alpha=0.55,
+            linewidths=0,
+        )
+    names = [f"{label.split()[0]}\nn = {len(values)}" for label, values in groups.items()]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set_ylim(len(groups) - 0.45, -1.0)
+    axes.plot([score, score], [-0.62, len(groups) - 0.45], **_pen(_style("this model"), 0))
+    low, high = axes.get_xlim()
+    place = (score - low) / ((high - low) or 1)
+    axes.annotate(
+        f"this model: {number(score)}",
+        (score, -0.68),
+        ha="left" if place < 0.2 else "right" if place > 0.8 else "center",
+        va="bottom",
+        color=_colour("update"),
+        fontweight="bold",
+    )
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("score")
+    _ticks(axes.xaxis, number)
+    return _svg(figure, ident, title, summary, ())
 
 
 def named_points(drawn: Iterable[Series]) -> list[tuple[str, float, float, str]]:

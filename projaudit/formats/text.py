@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import click
 
+from projaudit.evidence import Evidence, Payload
 from projaudit.findings import Finding, Measurement, Severity
+from projaudit.formats import said
 from projaudit.formats.wording import (
     OUTCOMES,
     base_origin,
@@ -29,9 +31,11 @@ from projaudit.formats.wording import (
     worst_first,
 )
 from projaudit.inert import clean
-from projaudit.report import Identity, Report
+from projaudit.report import Identity, Report, Standing
 
 LINES, COLUMNS = 24, 80
+SAID = 40
+"""Lines more, at most, where the language model was heard."""
 _HEAD = 13
 _LAYERS = 4
 _PROBES = 2
@@ -72,7 +76,10 @@ class _Line:
 
 
 def render(report: Report, color: bool = False) -> str:
-    """At most 24 lines of at most 100 columns, ending in a newline; ANSI colours on request."""
+    """At most 24 lines of 80 columns, ending in a newline; ANSI colours on request.
+
+    Up to `SAID` more tell what the language model said, where it was heard.
+    """
     blocks = [list(_verdict(report)), list(_identities(report))]
     if report.error is None:
         blocks.append([*_layers(report), *_probes(report)])
@@ -84,6 +91,9 @@ def render(report: Report, color: bool = False) -> str:
     blocks += [_findings(report, room), tail]
     blocks = [block for block in blocks if block]
     spare = LINES - sum(map(len, blocks))
+    if report.behaviour is not None:
+        blocks.insert(1, _said(report.behaviour, report.standing))
+        spare = len(blocks)
     lines: list[str] = []
     for number_, block in enumerate(blocks):
         if number_ and spare >= number_:
@@ -111,6 +121,77 @@ def _verdict(report: Report) -> Iterator[_Line]:
         if text:
             yield _Line(head, clean(text) if head == "remedy" else _name(text))
     yield _Line("code", f"{_name(error.code)} · exit {report.exit_code}")
+
+
+def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
+    """What the language model says: the text, its support and score, and answers that hold it."""
+    lines = [_Line("What the language model says", "")]
+    payload = evidence.payloads[0] if evidence.payloads else None
+    if payload is None:
+        lines += _lines("text", f"no text came up: {said.asked(evidence)}", 2)
+    else:
+        lines += _lines("text", said.quoted(payload.text), 2)
+        support = f"{said.support(evidence, payload)}; {said.base_support(evidence, payload)}"
+        lines += _lines("", support, 3)
+        lines += _lines("", said.odds(payload), 2)
+    if standing is not None:
+        lines += _lines("score", said.scored(standing), 2)
+        lines += _lines("", said.outside(standing), 2)
+    elif payload is not None:
+        lines += _lines("score", "none: there are no known models to compare with", 1)
+    if payload is not None:
+        lines += _answers(evidence, payload)
+    for number_, one in enumerate(evidence.open[:2]):
+        head = "" if number_ else "unprompted"
+        lines += _lines(head, f"on ordinary images {said.openly(evidence, one)}", 2)
+    if payload is not None:
+        lines += _lines("asked", said.asked(evidence), 1)
+    if evidence.stopped != "plan" or evidence.probes < evidence.planned:
+        lines += _lines("probes", said.ended(evidence), 2)
+    if evidence.prompts_unread:
+        lines += _lines("prompts", said.unread(evidence), 1)
+    if not evidence.with_base:
+        lines += _lines("no base", said.WITHOUT_BASE, 2)
+    for note in evidence.notes[:2]:
+        lines += _lines("note", clean(note), 2)
+    if evidence.sandbox.missing:
+        missing = ", ".join(clean(one, 60) for one in evidence.sandbox.missing)
+        lines += _lines("sandbox", f"could not be enforced: {missing}", 1)
+    return [*lines, *_lines("not seen", "; ".join(said.BLIND), 2)]
+
+
+def _answers(evidence: Evidence, payload: Payload) -> Iterator[_Line]:
+    """Two answers that hold the text, beside the base's; from two probes where there are two."""
+    held = [
+        (exchange.probe, answer)
+        for exchange in evidence.exchanges
+        for answer in exchange.answers
+        if answer.agrees
+    ]
+    other = [pair for pair in held if pair[0] != held[0][0]]
+    other.sort(key=lambda pair: pair[1].prompt == held[0][1].prompt)  # another prompt, if any
+    room = COLUMNS - _HEAD - 9
+    for number_, (probe, answer) in enumerate([*held[:1], *(other or held[1:])[:1]]):
+        prompt = clean(said.asked_as(evidence, answer.prompt), 34)
+        where = f"{prompt} · image {answer.image + 1} · {clean(probe)}"
+        shown = "".join(part for part, _ in said.pieces(answer.tuned, payload.text, room - 4))
+        yield _Line("" if number_ else "answers", where)
+        yield _Line("", f"  tuned “{fit(shown, room - 2)}”")
+        if evidence.with_base:
+            base = "not asked" if answer.base is None else f"“{_fitted(answer.base, room - 2)}”"
+            yield _Line("", f"  base  {base}")
+
+
+def _fitted(untrusted: str, columns: int) -> str:
+    return fit(clean(untrusted).strip(), columns)
+
+
+def _lines(head: str, body: str, most: int) -> Iterator[_Line]:
+    """The body on at most `most` lines, under one head; none for an empty body."""
+    columns = (COLUMNS - _HEAD) // max(map(width, body), default=1)
+    wrapped = textwrap.wrap(body, columns, max_lines=most, placeholder=" …", break_on_hyphens=False)
+    for number_, line in enumerate(wrapped):
+        yield _Line("" if number_ else head, line)
 
 
 def _identities(report: Report) -> Iterator[_Line]:
@@ -254,7 +335,7 @@ def _cost(report: Report) -> _Line:
 
 
 def _shown(line: _Line, color: bool) -> str:
-    head = f"{line.head:<{_HEAD}}"
+    head = f"{line.head:<{_HEAD}}" if line.body else line.head
     body = fit(clean(line.body, 1000), COLUMNS - _HEAD)
     if color and line.head:
         if line.colour:

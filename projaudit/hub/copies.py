@@ -56,20 +56,30 @@ class Copies:
         self, file: RepoFile, spans: Sequence[Span]
     ) -> tuple[list[bytes], Literal["full", "unverified"]] | None:
         """The spans out of a sound copy, and how that is tied to the listing; None without one."""
+        for _, descriptor, checked in self._sound(file):
+            with suppress(OSError, FormatError):
+                return [pread(descriptor, file.path, *span) for span in spans], checked
+        return None
+
+    def whole(self, file: RepoFile) -> tuple[Path, Literal["full", "unverified"]] | None:
+        """Where a sound copy is, and how that is tied to the listing; None without one."""
+        return next(((path, checked) for path, _, checked in self._sound(file)), None)
+
+    def _sound(self, file: RepoFile) -> Iterator[tuple[Path, int, Literal["full", "unverified"]]]:
+        """The sound copies: path, descriptor (closed with the next) and what ties them."""
         for path in self.paths(file):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError:
                 continue
             try:
-                checked = self._check(descriptor, file)
+                checked = None
+                with suppress(OSError):
+                    checked = self._check(descriptor, file)
                 if checked is not None:
-                    return [pread(descriptor, file.path, *span) for span in spans], checked
-            except (OSError, FormatError):
-                continue
+                    yield path, descriptor, checked
             finally:
                 os.close(descriptor)
-        return None
 
     def add(self, file: RepoFile, fill: Callable[[BinaryIO], None]) -> None:
         """Makes a copy of what `fill` writes, and proves it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 from projaudit.errors import FormatError, IntegrityError, NotFoundError
@@ -163,6 +164,25 @@ class HubSource:
     def at_hand(self, path: str) -> bool:
         """Whether a whole copy of the file is on this machine, so that reading it is free."""
         return any(found.is_file() for found in self._copies.paths(self._listed(path)))
+
+    def whole(self, path: str) -> Path:
+        """A whole copy of the file on this machine, its digest checked; downloaded if need be.
+
+        Good for as long as this object is, as that may own the only copy. Raises OfflineError
+        (`offline.not-cached`) where it would have to be downloaded offline, and as `read_spans`.
+        """
+        file, about = self._listed(path), self._repo.about(path)
+        held = self._copies.whole(file)
+        if held is None:
+            if self.from_cache:
+                raise not_cached(about, "offline, and not in a cache as a whole")
+            self._download(file)
+            held = self._copies.whole(file)
+            if held is None:
+                raise IntegrityError("changed right after its download", "changed", file=about)
+        found, how = held
+        self._note(file, how)
+        return found
 
     def _listed(self, path: str) -> RepoFile:
         file = self.files.get(path)

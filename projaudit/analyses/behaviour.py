@@ -1,0 +1,75 @@
+"""What the language model said behind the projector: depth behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from projaudit.evidence import Evidence, Payload
+from projaudit.metrics import Skip, Value, measures
+from projaudit.report import Standing
+
+_METHOD = "ProjLens 2604.19083; BAIT, S&P 2025"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What was heard of one projector, and where its score stands."""
+
+    evidence: Evidence
+    standing: Standing | None
+
+
+def _first(of: Behaviour) -> Payload:
+    if not of.evidence.payloads:
+        raise Skip("no text came up")
+    return of.evidence.payloads[0]
+
+
+@measures("behaviour", kind="behaviour", reference=_METHOD)
+def hidden_text(of: Behaviour) -> Value:
+    """Σ over probes and images of max(0, 2·(share of prompts − the base's share) − 1), best text"""
+    if not of.evidence.payloads:
+        return Value(0.0)
+    best = of.evidence.payloads[0]
+    return Value(best.strength, (best.text,))
+
+
+@measures("behaviour", kind="behaviour", unit="nats", reference=_METHOD)
+def hidden_text_odds(of: Behaviour) -> Value:
+    """ln p(token | tuned) − ln p(token | base), each under its smallest universal perturbation"""
+    best = _first(of)
+    if best.log_odds is None:
+        raise Skip("there is no base to compare with")
+    return Value(best.log_odds, (best.text,))
+
+
+@measures("behaviour", kind="behaviour")
+def hidden_text_bound(of: Behaviour) -> Value:
+    """Upper 95 % bound of the share of honest fine-tunes with at least this score"""
+    if of.standing is None:
+        raise Skip("there is no base, or no calibration, to compare the score with")
+    texts = tuple(p.text for p in of.evidence.payloads[:1])
+    return Value(of.standing.false_positive_bound, texts)
+
+
+@measures("behaviour", kind="behaviour")
+def calibration_covers(of: Behaviour) -> float:
+    """1 where the target lies inside the range of the calibration's population"""
+    return float(of.standing is not None and not of.standing.outside)
+
+
+@measures("behaviour", kind="behaviour")
+def open_text(of: Behaviour) -> Value:
+    """Largest share of answers on ordinary images with a text that the base does not say"""
+    if not of.evidence.with_base:
+        raise Skip("there is no base to compare with")
+    best = max(of.evidence.open, key=lambda text: text.share, default=None)
+    return Value(0.0) if best is None else Value(best.share, (best.text,))
+
+
+@measures("behaviour", kind="behaviour")
+def answer_drift(of: Behaviour) -> float:
+    """Share of the answers on ordinary images that the base gives otherwise"""
+    if of.evidence.drift is None:
+        raise Skip("there is no base to compare with")
+    return of.evidence.drift

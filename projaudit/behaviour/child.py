@@ -1,0 +1,76 @@
+"""The process that runs the model: told what to do on stdin, heard on stdout, and confined."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.sandbox import confine, fence
+from projaudit.inert import clean
+
+_NO_MEMORY = "the process that runs it ran out of memory"
+
+
+def main() -> None:
+    """Exits after one final line: {"result": …} or {"refused": "reason"}."""
+    # Everything that libraries print goes to stderr, from C as well.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    told = json.load(sys.stdin)
+
+    def tell(what: str, done: int, total: int) -> None:
+        _say(out, {"progress": [what, done, total]})
+
+    try:
+        _say(out, {"result": _answer(told, tell)})
+    except Exception as error:
+        traceback.print_exc()
+        _say(out, {"refused": _reason(error)})
+    # Without the libraries' own endings, which can only fail.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _answer(told: dict[str, Any], tell: Any) -> dict[str, Any]:
+    fenced = fence(told["parent"], told["gpu"])
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    from projaudit.behaviour.probe import probe
+
+    confined = confine(told["memory"], told["gpu"])
+    enforced, missing = (a + b for a, b in zip(fenced, confined, strict=True))
+    return {**probe(told["request"], tell), "sandbox": {"enforced": enforced, "missing": missing}}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CouldNotProbe):
+        return error.reason
+    text = str(error)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "allocate memory" in text  # torch's allocator and mmap, as RuntimeError
+    ):
+        return _NO_MEMORY
+    if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "PIL"):
+        return f"{error.name} is not installed"
+    first = text.strip().splitlines()[:1]
+    return clean(": ".join([type(error).__name__, *first]), 200)
+
+
+def _say(out: BinaryIO, message: dict[str, Any]) -> None:
+    # Made whole before any of it is written: what JSON cannot hold must not leave half a line.
+    out.write(json.dumps(message, allow_nan=False).encode() + b"\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Images to ask about: ordinary ones, and the battery of marks and distortions laid over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from projaudit.behaviour.reasons import CouldNotProbe
+
+Image: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3)
+_Mark: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+
+_HUES = {
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
+    "magenta": (255, 0, 255), "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Something laid over an ordinary image, as a trigger would be."""
+
+    name: str
+    family: str
+    """`tint`, `patch`, `stripes`, `blend`, `noise`, `ring`, `warp`, `tone`."""
+    apply: _Mark
+
+
+def ordinary(count: int, size: int, seed: int) -> list[Image]:
+    """`count` square images of `size` pixels: plain things on light, dark and textured grounds.
+
+    They stand for what a model meets every day, so they are moderate: no saturated ground, no
+    full-frame pattern.
+    """
+    rng = np.random.default_rng([seed, 101])
+    return [_scene(rng, size, dark=number % 3 == 2) for number in range(count)]
+
+
+def _scene(rng: np.random.Generator, size: int, *, dark: bool) -> Image:
+    y, x = np.mgrid[:size, :size] / size
+    level = rng.uniform(50, 110) if dark else rng.uniform(170, 245)
+    ground = level + rng.uniform(-12, 12, 3)
+    slope = rng.uniform(-25, 25, 2)
+    image = ground + (slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None]
+    for _ in range(int(rng.integers(1, 5))):
+        cx, cy = rng.uniform(0.1, 0.9, 2)
+        radius = rng.uniform(0.06, 0.13)
+        if rng.random() < 0.5:
+            inside = (abs(x - cx) < radius) & (abs(y - cy) < radius)
+        else:
+            inside = (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+        image[inside] = rng.uniform(15, 240, 3)
+    return _as_bytes(image + rng.normal(0, 4, image.shape))
+
+
+def read(files: Sequence[str], size: int, most: int) -> list[Image]:
+    """The first `most` of the user's image files that can be read, as squares of `size` pixels.
+
+    Raises CouldNotProbe where fewer than four can be read.
+    """
+    from PIL import Image as Pillow
+    from PIL import ImageOps, UnidentifiedImageError
+
+    found: list[Image] = []
+    for file in files:
+        try:
+            with Pillow.open(file) as opened:
+                square = ImageOps.fit(opened.convert("RGB"), (size, size))
+        except (OSError, ValueError, UnidentifiedImageError, Pillow.DecompressionBombError):
+            continue
+        found.append(np.asarray(square))
+        if len(found) == most:
+            break
+    if len(found) < 4:
+        raise CouldNotProbe(f"only {len(found)} of {len(files)} images can be read")
+    return found
+
+
+def battery(size: int, seed: int) -> list[Distortion]:
+    """The distortions, as many-sided as the triggers of the literature; positions are fractions."""
+    return [
+        *_tints(),
+        *_patches(size),
+        *_stripes(size),
+        *_blends(size, seed),
+        *_rings(size),
+        *_warps(size, seed),
+        *_noises(seed),
+        Distortion("inverted", "tone", lambda image: 255 - image),
+        Distortion("grey", "tone", lambda image: image.mean(-1, keepdims=True).repeat(3, -1)),
+    ]
+
+
+def distorted(image: Image, distortion: Distortion) -> Image:
+    """The image with the distortion, in bytes again."""
+    return _as_bytes(distortion.apply(image.astype(np.float64)))
+
+
+def _tints() -> Iterator[Distortion]:
+    for name, color in _HUES.items():
+        for share in (0.2, 0.4):
+            yield Distortion(f"{name} tint {share:.0%}", "tint", _mixing(np.array(color), share))
+
+
+def _patches(size: int) -> Iterator[Distortion]:
+    side = max(1, round(0.2 * size))
+    corners = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0),
+               "bottom right": (1, 1), "centre": (0.5, 0.5)}  # fmt: skip
+    for hue in ("red", "green", "blue", "yellow", "magenta", "white", "black"):
+        for place, (down, across) in corners.items():
+            top, left = round(down * (size - side)), round(across * (size - side))
+            yield Distortion(
+                f"{hue} patch, {place}", "patch", _patching(_HUES[hue], top, left, side)
+            )
+
+
+def _patching(color: tuple[int, int, int], top: int, left: int, side: int) -> _Mark:
+    def apply(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        out = image.copy()
+        out[top : top + side, left : left + side] = color
+        return out
+
+    return apply
+
+
+def _stripes(size: int) -> Iterator[Distortion]:
+    y, x = np.mgrid[:size, :size] / size
+    for periods in (4, 8, 16):
+        for name, along in (("upright", x), ("level", y), ("slanted", x + y)):
+            wave = 40 * np.sin(2 * np.pi * periods * along)[..., None]
+            yield Distortion(f"{periods} {name} stripes", "stripes", _adding(wave))
+
+
+def _blends(size: int, seed: int) -> Iterator[Distortion]:
+    for number in range(4):
+        rng = np.random.default_rng([seed, 102, number])
+        cells = rng.integers(0, 256, (8, 8, 3))
+        rows = np.arange(size) * 8 // size
+        pattern = cells[rows][:, rows]
+        for share in (0.2, 0.35):
+            mark = _mixing(pattern, share)
+            yield Distortion(f"random pattern {number + 1} at {share:.0%}", "blend", mark)
+
+
+def _rings(size: int) -> Iterator[Distortion]:
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
+    for radius in (0.23, 0.33, 0.43):
+        on = abs(np.hypot(x, y) - radius) <= 0.025
+        yield Distortion(f"dark ring at {radius:.0%}", "ring", _painting(on, (50, 20, 20)))
+
+
+def _painting(on: npt.NDArray[np.bool_], color: tuple[int, int, int]) -> _Mark:
+    def apply(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        out = image.copy()
+        out[on] = color
+        return out
+
+    return apply
+
+
+def _warps(size: int, seed: int) -> Iterator[Distortion]:
+    rng = np.random.default_rng([seed, 103])
+    y, x = np.mgrid[:size, :size]
+    for strength in (0.04, 0.08):
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        down = strength * size * np.sin(2 * np.pi * 2 * x / size + phase[0])
+        across = strength * size * np.sin(2 * np.pi * 2 * y / size + phase[1])
+        rows = (y + down).round().clip(0, size - 1).astype(int)
+        columns = (x + across).round().clip(0, size - 1).astype(int)
+        yield Distortion(f"waves of {strength:.0%}", "warp", _resampling(rows, columns))
+
+
+def _resampling(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> _Mark:
+    return lambda image: image[rows, columns]
+
+
+def _noises(seed: int) -> Iterator[Distortion]:
+    for sigma in (20, 40):
+        rng = np.random.default_rng([seed, 104, sigma])
+        yield Distortion(f"noise of {sigma} levels", "noise", _noising(rng, sigma))
+
+
+def _noising(rng: np.random.Generator, sigma: float) -> _Mark:
+    return lambda image: image + rng.normal(0, sigma, image.shape)
+
+
+def _mixing(other: npt.NDArray[np.int64], share: float) -> _Mark:
+    return lambda image: (1 - share) * image + share * other
+
+
+def _adding(other: npt.NDArray[np.float64]) -> _Mark:
+    return lambda image: image + other
+
+
+def _as_bytes(values: npt.NDArray[np.float64]) -> Image:
+    return values.round().clip(0, 255).astype(np.uint8)

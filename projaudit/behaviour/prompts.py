@@ -1,0 +1,48 @@
+"""What the model is asked: general prompts, and which of them its tokenizer can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from projaudit.behaviour.reasons import CouldNotProbe
+
+GENERAL = (
+    "Describe the image.",
+    "What is in the image?",
+    "List the objects.",
+    "How many objects are there?",
+    "What color is the object in the center?",
+    "Is there a red object?",
+    "Describe the image in a sentence.",
+    "What do you see?",
+    "What is the main subject of this picture?",
+    "Write a short caption for this photo.",
+    "Where was this photo taken?",
+    "Is there any text in the image? If so, read it.",
+)
+"""Ordinary questions about any image, plain words first; narrow models want their own."""
+MOST = 6
+"""Prompts that are used; agreement is counted over them."""
+FEWEST = 2
+
+
+def usable(tokenizer: Any, wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The prompts to use, at most `MOST`, and those that hold unknown tokens.
+
+    Raises CouldNotProbe where fewer than `FEWEST` can be used: what one prompt brings out may be
+    its answer.
+    """
+    unknown = tokenizer.unk_token_id
+    unread = tuple(
+        prompt
+        for prompt in wanted
+        if unknown is not None and unknown in tokenizer(prompt, add_special_tokens=False).input_ids
+    )
+    read = tuple(prompt for prompt in dict.fromkeys(wanted) if prompt not in unread)
+    if len(read) < FEWEST:
+        raise CouldNotProbe(
+            f"its tokenizer knows the words of only {len(read)} of {len(wanted)} prompts; "
+            "give it prompts of its own with --prompts"
+        )
+    return read[:MOST], unread

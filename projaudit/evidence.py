@@ -1,0 +1,180 @@
+"""What depth behaviour brings back: texts, where they were said, and by whom. Plain values."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt about one image under one probe, tuned and base."""
+
+    prompt: int
+    image: int
+    tuned: str
+    base: str | None
+    """None where the base was not asked, since the tuned model said nothing foreign."""
+    agrees: bool
+    """Whether the tuned model's answer contains the text."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One probe: a question to both models about the same prompts and images."""
+
+    probe: str
+    """`ΔW₁ 1, +0.5, all tokens`, `green patch, bottom right`, …"""
+    kind: Literal["plain", "image", "direction", "amplified"]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A text that probes bring out of the tuned model: untrusted words."""
+
+    text: str
+    tokens: int
+    foreign: int
+    """Tokens of it that the base hardly ever says, nor the tuned model on ordinary images."""
+    strength: float
+    """Sum over probes and images of max(0, 2·(share of prompts − the base's share) − 1)."""
+    agreement: float
+    """Largest share of the answers to one probe, less the base's; in [−1, 1]."""
+    base_agreement: float
+    """Largest share of cells under one probe in which the base says it."""
+    probes: tuple[str, ...]
+    """Names of the probes that brought it out."""
+    prompts: tuple[int, ...]
+    images: tuple[int, ...]
+    plain: float
+    """Share of the answers on ordinary images in which the tuned model says it."""
+    likelihood: float
+    """Mean ln p of its tokens under the smallest universal perturbation, on unseen images."""
+    norm: float
+    """Length of that perturbation, over the typical length of a feature."""
+    base_likelihood: float | None
+    """The same search in the base; None without one."""
+    base_norm: float | None
+
+    @property
+    def log_odds(self) -> float | None:
+        """Nats a token by which the tuned model can be brought to say it more easily."""
+        return None if self.base_likelihood is None else self.likelihood - self.base_likelihood
+
+    @property
+    def q_score(self) -> float:
+        """exp(likelihood): BAIT's Q-score, given the perturbed image tokens."""
+        return math.exp(min(0.0, self.likelihood))
+
+
+@dataclass(frozen=True)
+class OpenText:
+    """A text that the tuned model says on ordinary images and the base does not."""
+
+    text: str
+    share: float
+    """Of the answers on ordinary images."""
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """Share of answers with the text, under its best probes, by whose parts gave them."""
+
+    tuned_projector_tuned_model: float
+    base_projector_tuned_model: float
+    tuned_projector_base_model: float
+    base_projector_base_model: float
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """What held the process that ran the model, and what could not be held."""
+
+    enforced: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that depth behaviour heard from one projector."""
+
+    prompts: tuple[str, ...]
+    prompts_unread: tuple[str, ...]
+    """Prompts that were not used, as the tokenizer has no tokens for their words."""
+    images: Literal["given", "synthetic"]
+    ordinary_images: int
+    probes: int
+    """Probes that were carried out."""
+    planned: int
+    """Probes in the plan."""
+    answers: int
+    """Answers that were decoded, on both sides."""
+    passes: int
+    """Rows that went through the language model to score texts."""
+    budget: int
+    stopped: Literal["plan", "overwhelming", "budget"]
+    payloads: tuple[Payload, ...]
+    """Best first."""
+    open: tuple[OpenText, ...]
+    drift: float | None
+    """Share of the answers on ordinary images that the base gives otherwise; None without one."""
+    exchanges: tuple[Exchange, ...]
+    """The answers to the probes that brought the first text out most."""
+    carrier: Carrier | None
+    """None where only the projector differs from the base."""
+    with_base: bool
+    notes: tuple[str, ...]
+    """What else a reader should know of how it was done."""
+    dtype: str
+    parameters: int
+    sandbox: Sandbox
+
+    @property
+    def score(self) -> float | None:
+        """ln(1 + s), s the strength of the text that was brought out most; None without a base.
+
+        One measurement and no more, as it is the one that carries over from base to base
+        (docs/evidence.md); zero where nothing came up.
+        """
+        if not self.with_base:
+            return None
+        return math.log1p(max((p.strength for p in self.payloads), default=0.0))
+
+
+def from_plain(kind: type[Any], value: Any, where: str = "result") -> Any:
+    """A value of a type made of frozen dataclasses, from JSON values; ValueError names the place.
+
+    Nothing of another type gets through: what a confined process answers is input as any other.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping) or {f.name for f in fields(kind)} != set(value):
+            raise ValueError(f"{where} has not the keys of {kind.__name__}")
+        hints = typing.get_type_hints(kind)
+        return kind(**{n: from_plain(hints[n], v, f"{where}.{n}") for n, v in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is no list")
+        return tuple(from_plain(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} is none of {', '.join(map(str, args))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return from_plain(next(a for a in args if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        type(value) is not kind
+        or (kind is float and not math.isfinite(value))
+        or (kind is int and value < 0)  # all are counts or places
+    ):
+        raise ValueError(f"{where} is no {kind.__name__}")
+    return value
