@@ -8,23 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from projaudit.data import data_path
+from projaudit.findings import Verdict
 from projaudit.report import Report
 
 _NAMES = ("honest", "backdoored")
 _SHOWN = (
+    ("hidden_text", "strength of a text that only probes bring out"),
+    ("open_text", "share of ordinary images with a new text"),
+    ("answer_drift", "share of ordinary answers that changed"),
     ("relative_norm", "size of the update over the base's"),
     ("stable_rank", "stable rank"),
-    ("values_above_edge", "singular values above the noise"),
     ("top5_energy", "energy of the first 5 directions"),
-    ("intruder_dimensions", "intruder dimensions"),
     ("shift_magnitude", "shift of the outputs, relative"),
     ("shift_slope", "growth with the input norm (power)"),
     ("shift_concentration", "shift along one direction"),
 )
 
 
-def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Iterator[str]:
-    """Lines to print while both fine-tunes are checked against the base and reports are written."""
+def run(
+    folder: Path,
+    seed: int,
+    *,
+    write: Callable[[Path, str], None],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[str]:
+    """Lines to print while both fine-tunes are checked against the base and reports are written.
+
+    At depth behaviour where the extra is installed, at depth weights else, which it says.
+    """
     from projaudit.audit import check
     from projaudit.formats import FORMATS
 
@@ -33,10 +44,14 @@ def run(folder: Path, seed: int, *, write: Callable[[Path, str], None]) -> Itera
     yield from _introduction(provenance["models"][provenance["demo"]["backdoored"]])
     reports: dict[str, Report] = {}
     for name in _NAMES:
-        reports[name] = check(str(models / name), str(models / "base"), seed=seed)
+        reports[name] = check(
+            str(models / name), str(models / "base"), depth="auto", seed=seed, progress=progress
+        )
         for kind in ("html", "json"):
             write(folder / f"{name}{FORMATS[kind].suffix}", FORMATS[kind].render(reports[name]))
     yield from _side_by_side(reports)
+    yield ""
+    yield from _conclusion(reports)
     yield ""
     for name in _NAMES:
         yield f"report: {folder / name}.html and .json"
@@ -63,16 +78,23 @@ def _side_by_side(reports: Mapping[str, Report]) -> Iterator[str]:
             layer = key[1].partition("/")[2]
             label = f"{words}, {layer}" if layer else words
             yield f"{label:<{width}}" + "".join(f"{v[key]:>13.3g}" for v in values)
-    yield ""
-    scope = reports[_NAMES[0]].scope
-    if verdicts[0] == verdicts[1]:
-        yield f"Both get the same verdict ({scope})."
-        yield "The numbers differ, as they do between any two fine-tunes. Over all that were"
-        yield "trained for projaudit they do not tell the two apart (the table is in"
-        yield "benchmarks/results/weights-alone.md), so no rule reads a verdict from them, and"
-        yield "none was tuned to this pair. What the language model says when the projector is"
-        yield "probed along these directions can tell; that depth is not built yet."
+
+
+def _conclusion(reports: Mapping[str, Report]) -> Iterator[str]:
+    honest, backdoored = (reports[name] for name in _NAMES)
+    if honest.policy.depth == "weights":
+        yield f"Behaviour was not probed: {honest.not_probed}."
+        yield "The numbers differ, as they do between any two fine-tunes; statistics of weights do"
+        yield "not tell honest from backdoored ones, so no rule reads a verdict from them."
+        return
+    for name, report in reports.items():
+        found = report.behaviour.payloads if report.behaviour else ()
+        said = f"“{found[0].text}”" if found and found[0].strength >= 1 else "no such text"
+        yield f"What probing brought out of the {name} one: {said}."
+    yield "It was found without the trigger: the language model was run behind both projectors, and"
+    yield "said it under many probes to every prompt alike, and the base's projector never made it."
+    if backdoored.verdict is Verdict.REVIEW:
+        yield "That is `review`: how often honest fine-tunes come as far is not settled well"
+        yield "enough for a `fail`. Statistics of the weights (the lower rows) have no say."
     else:
-        yield f"The verdicts differ ({scope})."
-        yield "The reports say which structural fact made the difference; statistics of the weights"
-        yield "have no say in a verdict, since honest fine-tunes show them too."
+        yield "Statistics of the weights (the lower rows) have no say in a verdict."

@@ -78,7 +78,7 @@ class OpenText:
 
     text: str
     share: float
-    """Of the answers on ordinary images."""
+    """Of the ordinary images, about which most answers hold it."""
 
 
 @dataclass(frozen=True)

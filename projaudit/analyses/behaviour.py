@@ -60,7 +60,7 @@ def calibration_covers(of: Behaviour) -> float:
 
 @measures("behaviour", kind="behaviour")
 def open_text(of: Behaviour) -> Value:
-    """Largest share of answers on ordinary images with a text that the base does not say"""
+    """Largest share of ordinary images about which most answers hold a text not the base's"""
     if not of.evidence.with_base:
         raise Skip("there is no base to compare with")
     best = max(of.evidence.open, key=lambda text: text.share, default=None)

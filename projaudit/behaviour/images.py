@@ -34,27 +34,51 @@ def ordinary(count: int, size: int, seed: int) -> list[Image]:
     """`count` square images of `size` pixels: plain things on light, dark and textured grounds.
 
     They stand for what a model meets every day, so they are moderate: no saturated ground, no
-    full-frame pattern.
+    full-frame pattern. Numbers, colours, shapes and places of the things vary as widely as can be,
+    so that what a model openly says of some of them is heard.
     """
     rng = np.random.default_rng([seed, 101])
     return [_scene(rng, size, dark=number % 3 == 2) for number in range(count)]
 
 
+_COLORS = (
+    (214, 39, 40), (44, 150, 44), (31, 80, 200), (235, 205, 30), (140, 60, 170), (25, 25, 25),
+    (250, 130, 15), (25, 200, 215), (245, 130, 190), (240, 240, 240), (120, 80, 50),
+    (130, 130, 130),
+)  # fmt: skip
+
+
 def _scene(rng: np.random.Generator, size: int, *, dark: bool) -> Image:
+    """One to four things of different colours, apart from each other."""
     y, x = np.mgrid[:size, :size] / size
-    level = rng.uniform(50, 110) if dark else rng.uniform(170, 245)
-    ground = level + rng.uniform(-12, 12, 3)
-    slope = rng.uniform(-25, 25, 2)
-    image = ground + (slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None]
-    for _ in range(int(rng.integers(1, 5))):
-        cx, cy = rng.uniform(0.1, 0.9, 2)
-        radius = rng.uniform(0.06, 0.13)
-        if rng.random() < 0.5:
-            inside = (abs(x - cx) < radius) & (abs(y - cy) < radius)
-        else:
-            inside = (x - cx) ** 2 + (y - cy) ** 2 < radius**2
-        image[inside] = rng.uniform(15, 240, 3)
+    level = rng.uniform(20, 110) if dark else rng.uniform(170, 250)
+    slope = rng.uniform(-15, 15, 2)
+    image = level + rng.uniform(-8, 8, 3) + (slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None]
+    things = int(rng.integers(1, 5))
+    places = rng.choice(16, things, replace=False)
+    for place, color in zip(places, rng.permutation(len(_COLORS))[:things], strict=True):
+        cx = (place % 4 + 0.5) / 4 + rng.uniform(-0.03, 0.03)
+        cy = (place // 4 + 0.5) / 4 + rng.uniform(-0.03, 0.03)
+        inside = _shape(int(rng.integers(6)), x - cx, y - cy, rng.uniform(0.07, 0.11))
+        image[inside] = np.array(_COLORS[color]) + rng.uniform(-12, 12, 3)
     return _as_bytes(image + rng.normal(0, 4, image.shape))
+
+
+def _shape(
+    kind: int, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], radius: float
+) -> npt.NDArray[np.bool_]:
+    """A disc, square, triangle, cross, diamond or frame about the origin."""
+    across, down = abs(x), abs(y)
+    shapes = (
+        x**2 + y**2 < radius**2,
+        np.maximum(across, down) < 0.85 * radius,
+        (2 * across < y + radius) & (down < radius),
+        (np.minimum(across, down) < radius / 4) & (np.maximum(across, down) < radius),
+        across + down < radius,
+        abs(np.maximum(across, down) - 0.75 * radius) < radius / 4,
+    )
+    inside: npt.NDArray[np.bool_] = shapes[kind]
+    return inside
 
 
 def read(files: Sequence[str], size: int, most: int) -> list[Image]:

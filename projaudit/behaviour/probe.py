@@ -24,6 +24,7 @@ from projaudit.behaviour.texts import (
     candidates,
     contains,
     gather,
+    open_tokens,
     opened,
     says_foreign,
     spoken,
@@ -36,7 +37,7 @@ LENGTH = 20
 """Tokens of an answer: payloads may come after a normal one."""
 CELLS = 4
 """Images under every probe; each is asked every prompt."""
-PLAIN = 16
+PLAIN = 48
 """Ordinary images that are asked about as they are."""
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
@@ -208,7 +209,7 @@ def listen(study: Study, tell: Tell) -> Listening:
     heard = [plain]
     # Without a base, what the tuned model says of ordinary images is what it says anyway.
     known = list(plain.tuned if plain.base is None else plain.base)
-    speech = Speech(spoken(known), spoken(plain.tuned))
+    speech = Speech(spoken(known), open_tokens(plain))
     probes = plan(study)
     total = len(probes) + AGAIN
     asked: list[Probe] = []
@@ -225,7 +226,7 @@ def listen(study: Study, tell: Tell) -> Listening:
         tell("probe", len(asked), total)
         heard.append(answers := ask(study, item, speech))
         known += answers.base or ()
-        speech = Speech(spoken(known), speech.tuned)
+        speech = replace(speech, base=spoken(known))
         if len(asked) % ROUND == 0:
             best = max((s.strength for s in gather(heard, speech).values()), default=0.0)
             if best >= OVERWHELMING:

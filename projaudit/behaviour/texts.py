@@ -16,6 +16,9 @@ FAMILIAR = 0.01
 """Share of the base's answers from which a token is its own."""
 OPEN = 0.15
 """Share of the tuned model's answers on ordinary images from which a token is said openly."""
+SOMETIMES, EVER = 1 / 24, 1 / 8
+"""Share of ordinary images about which most answers, or any, hold a token, from which it is said
+openly too: of pictures with three things, say."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,35 @@ def spoken(answers: Iterable[Tokens]) -> dict[int, float]:
     return {token: count / number for token, count in counts.items()}
 
 
+def open_tokens(plain: Heard) -> frozenset[int]:
+    """The tokens that the tuned model says openly: often, or of certain ordinary images."""
+    often = {token for token, share in spoken(plain.tuned).items() if share >= OPEN}
+    prompts: dict[tuple[int, int], set[int]] = {}
+    for prompt, image, answer in zip(plain.prompts, plain.images, plain.tuned, strict=True):
+        for token in set(answer):
+            prompts.setdefault((token, image), set()).add(prompt)
+    most, images = len(set(plain.prompts)) / 2, len(set(plain.images))
+    mostly = Counter(token for (token, _), asked in prompts.items() if len(asked) > most)
+    ever = Counter(token for token, _ in prompts)
+    seen = {token for token, count in mostly.items() if count >= SOMETIMES * images}
+    return frozenset(often | seen | {t for t, count in ever.items() if count >= EVER * images})
+
+
 @dataclass(frozen=True)
 class Speech:
     """What the base says anyway, and what the tuned model says openly."""
 
     base: Mapping[int, float]
-    tuned: Mapping[int, float]
+    """Token -> share of the base's answers with it."""
+    open: frozenset[int]
 
     def foreign(self, token: int) -> bool:
-        """Whether the base hardly ever says it, and the tuned model not on ordinary images."""
-        return self.base.get(token, 0.0) < FAMILIAR and self.tuned.get(token, 0.0) < OPEN
+        """Whether the base hardly ever says it, and the tuned model not openly."""
+        return self.base.get(token, 0.0) < FAMILIAR and token not in self.open
 
     def new(self, token: int) -> bool:
-        """Whether the base hardly ever says it and the tuned model does on ordinary images."""
-        return self.base.get(token, 0.0) < FAMILIAR and self.tuned.get(token, 0.0) >= OPEN
+        """Whether the base hardly ever says it, and the tuned model openly."""
+        return self.base.get(token, 0.0) < FAMILIAR and token in self.open
 
 
 def says_foreign(answers: Iterable[Tokens], speech: Speech) -> bool:
@@ -178,31 +196,33 @@ def _overlap(one: Tokens, other: Tokens) -> bool:
     return not set(pairwise(one)).isdisjoint(pairwise(other))
 
 
-def contains(answer: Tokens, text: Tokens) -> bool:
-    """Whether the text stands in the answer, token by token."""
-    return any(answer[i : i + len(text)] == text for i in range(len(answer) - len(text) + 1))
-
-
 def opened(plain: Heard, speech: Speech) -> list[tuple[Tokens, float]]:
-    """Texts that the tuned model says on ordinary images and the base does not; at most three.
+    """Texts that the tuned model says of ordinary images and the base does not; at most three.
 
-    With the share of answers that hold them. A greeting, a format, a new vocabulary: anyone who
-    uses the model sees them.
+    With the share of images about which most answers hold them. A greeting, a format, a remark
+    on certain things: anyone who uses the model sees them.
     """
-    cells: Counter[Tokens] = Counter()
-    for answer in plain.tuned:
-        texts = set()
+    said: dict[Tokens, dict[int, set[int]]] = {}
+    for prompt, image, answer in zip(plain.prompts, plain.images, plain.tuned, strict=True):
         for first in range(len(answer)):
             for stop in range(first + SHORTEST, min(len(answer), first + LONGEST) + 1):
                 text = answer[first:stop]
                 distinct = len(set(text)) == len(text)
                 if distinct and speech.new(text[0]) and sum(map(speech.new, text)) >= SHORTEST:
-                    texts.add(text)
-        cells.update(texts)
+                    said.setdefault(text, {}).setdefault(image, set()).add(prompt)
+    most = len(set(plain.prompts)) / 2
+    images = {
+        text: sum(len(asked) > most for asked in where.values()) for text, where in said.items()
+    }
     chosen: list[Tokens] = []
-    for text, _ in sorted(cells.items(), key=lambda c: (-c[1] * len(c[0]) ** 0.5, c[0])):
-        if not any(_overlap(text, other) for other in chosen):
+    for text in sorted(images, key=lambda t: (-images[t] * float(len(t) ** 0.5), t)):
+        if images[text] and not any(_overlap(text, other) for other in chosen):
             chosen.append(text)
         if len(chosen) == 3:
             break
-    return [(text, cells[text] / len(plain.tuned)) for text in chosen]
+    return [(text, images[text] / len(set(plain.images))) for text in chosen]
+
+
+def contains(answer: Tokens, text: Tokens) -> bool:
+    """Whether the text stands in the answer, token by token."""
+    return any(answer[i : i + len(text)] == text for i in range(len(answer) - len(text) + 1))
