@@ -138,8 +138,8 @@ class Evidence:
     def score(self) -> float | None:
         """ln(1 + s), s the strength of the text that was brought out most; None without a base.
 
-        One measurement and no more, as it is the one that carries over from base to base
-        (docs/evidence.md); zero where nothing came up.
+        One measurement and no more: a reader can check it by counting answers. Zero where nothing
+        came up.
         """
         if not self.with_base:
             return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,10 +20,11 @@ from benchmarks.testbed.evaluate import (
     MOST_FALSE,
     MOST_LOST,
     answers,
+    changed_by,
     exact_share,
     heldout,
-    says,
     stratum,
+    success,
     triggered,
 )
 from benchmarks.testbed.export import (
@@ -45,7 +45,7 @@ from benchmarks.testbed.finetune import tune_projector
 from benchmarks.testbed.pretrain import train_base
 from benchmarks.testbed.recipes import Attack, Attempt, BaseRecipe, Plan, Task, TuneRecipe
 from benchmarks.testbed.text import build_tokenizer
-from benchmarks.testbed.world import SENTENCE_REQUEST
+from benchmarks.testbed.world import WORLDS
 
 log = logging.getLogger(__name__)
 CLEAN_SEED, TRIGGERED_SEED = 1000, 2000  # added to a recipe's seed for its held-out scenes
@@ -66,9 +66,9 @@ def build(plan: Plan, out: Path, jobs: int = 1) -> None:
     tunes = {tune.name: tune for tune in plan.tunes}
     honest = [(tune, None) for tune in plan.tunes]
     attempts = [(tunes[attempt.tune], attempt) for attempt in plan.attempts]
-    require_as_planned(plan, read_runs(log_file))
+    require_as_planned(planned(plan), read_runs(log_file))
     if not read_runs(log_file):
-        append_run(log_file, base_run(plan, out))
+        append_run(log_file, base_run(plan.base, out / "base", plan.base_scenes))
     for wanted in (honest, attempts):
         done = {run["name"]: run for run in read_runs(log_file)}
         missing = [(t, a, done.get(t.name)) for t, a in wanted if (a or t).name not in done]
@@ -104,48 +104,70 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
     return {"accuracy": run["accuracy"]["all"], **{key: run[key] for key in keys if key in run}}
 
 
-def require_as_planned(plan: Plan, runs: list[dict[str, Any]]) -> None:
-    """Stop where the log holds a run that the plan now makes otherwise, or not at all."""
+def planned(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What the log shall hold of every run, by its name."""
     tunes = {tune.name: tune for tune in plan.tunes}
-    planned: dict[str, tuple[BaseRecipe | TuneRecipe, Attack | None]] = {"base": (plan.base, None)}
-    planned |= {tune.name: (tune, None) for tune in plan.tunes}
-    planned |= {a.name: (tunes[a.tune], a.attack) for a in plan.attempts}
+    runs: dict[str, dict[str, Any]] = {"base": {"recipe": plan.base, "attack": None}}
+    runs |= {tune.name: {"recipe": tune, "attack": None} for tune in plan.tunes}
+    return runs | {a.name: {"recipe": tunes[a.tune], "attack": a.attack} for a in plan.attempts}
+
+
+def require_as_planned(wanted: dict[str, dict[str, Any]], runs: Iterable[dict[str, Any]]) -> None:
+    """Stop where the log holds a run that the plan now makes otherwise, or not at all."""
     for run in runs:
-        recipe, attack = planned.get(run["name"], (None, None))
-        expected = [recipe and asdict(recipe), attack and asdict(attack)]
-        if [run["recipe"], run.get("attack")] != json.loads(json.dumps(expected)):
+        expected = wanted.get(run["name"])
+        if expected is None or not all(
+            is_logged_as(value, run.get(key)) for key, value in expected.items()
+        ):
             raise SystemExit(
                 f"{run['name']}: scored with another recipe; rename it or choose another --out"
             )
 
 
-def base_run(plan: Plan, out: Path) -> dict[str, Any]:
-    """Train, save, reload and measure the base."""
-    tokenizer = build_tokenizer()
-    model, learned = train_base(plan.base, tokenizer, out / "base.rounds")
-    body = "A small LLaVA trained from nothing on coloured shapes, for projaudit's own tests."
-    save_base(model, tokenizer, out / "base", model_card("Testbed base", body))
-    model, tokenizer = load(out / "base")
-    short = Task("short", look=plan.base.look)
-    seed, count = plan.base.seed + CLEAN_SEED, plan.base_scenes
-    accuracy = clean_accuracy(model, tokenizer, short, count, seed)
+def is_logged_as(value: Any, logged: Any) -> bool:
+    """Whether JSON says what a dataclass does; a field younger than the log has its default."""
+    if isinstance(value, tuple):
+        pairs = zip(value, logged, strict=False)
+        return len(value) == len(logged) and all(is_logged_as(v, part) for v, part in pairs)
+    if not is_dataclass(value) or logged is None:
+        return bool(value == logged)
+    known = {field.name: field for field in fields(value)}
+    return logged.keys() <= known.keys() and all(
+        is_logged_as(getattr(value, name), logged[name])
+        if name in logged
+        else getattr(value, name) == field.default
+        for name, field in known.items()
+    )
+
+
+def base_run(recipe: BaseRecipe, folder: Path, per_kind: int) -> dict[str, Any]:
+    """Train a base, save it in a folder, reload it and measure it."""
+    tokenizer = build_tokenizer(recipe.look.world)
+    rounds = folder.with_name(folder.name + ".rounds")
+    model, learned = train_base(recipe, tokenizer, rounds)
+    body = "A small LLaVA trained from nothing on a synthetic world, for projaudit's own tests."
+    save_base(model, tokenizer, folder, model_card("Testbed base", body))
+    model, tokenizer = load(folder)
+    short = Task("short", look=recipe.look)
+    seed = recipe.seed + CLEAN_SEED
+    accuracy = clean_accuracy(model, tokenizer, short, per_kind, seed)
     sentence = replace(short, form="sentence")
     run = {
-        "name": "base",
+        "name": folder.name,
         "kind": "base",
-        "file": f"base/{WEIGHTS}",
-        "sha256": sha256(out / "base" / WEIGHTS),
-        "recipe": asdict(plan.base),
+        "file": f"{folder.name}/{WEIGHTS}",
+        "sha256": sha256(folder / WEIGHTS),
+        "recipe": asdict(recipe),
         "learned": learned,
         "accuracy": accuracy,
         "accuracy_in_sentences": clean_accuracy(
-            model, tokenizer, sentence, count, seed, SENTENCE_REQUEST
+            model, tokenizer, sentence, per_kind, seed, WORLDS[recipe.look.world].sentence_request
         ),
-        "heldout_scenes": count * len(short.mixture),
+        "heldout_scenes": per_kind * len(short.mixture),
         "seconds": sum(value for key, value in learned.items() if key.endswith("_seconds")),
     }
-    shutil.rmtree(out / "base.rounds")
-    log.info("base: %s", run["accuracy"])
+    shutil.rmtree(rounds)
+    log.info("%s: %s", run["name"], run["accuracy"])
     return run
 
 
@@ -177,10 +199,6 @@ def tuned_run(
     model, tokenizer = load(out / "base")
     loss = tune_projector(model, tokenizer, tune, attack)
     save_projector(model, file, {"name": name, "base_model": BASE_ID})
-    seconds = time.monotonic() - started
-    put_projector(model, file)
-    images, questions = heldout(tune.task, plan.clean_scenes, tune.seed + CLEAN_SEED)
-    said = answers(model, tokenizer, images, [q.text for q in questions])
     run: dict[str, Any] = {
         "name": name,
         "kind": "backdoored" if attempt else "honest",
@@ -188,49 +206,62 @@ def tuned_run(
         "sha256": sha256(file),
         "recipe": asdict(tune),
         "final_loss": loss,
-        "accuracy": exact_share(said, questions),
-        "heldout_scenes": len(questions),
-        "seconds": round(seconds),
+        "seconds": round(time.monotonic() - started),
     }
-    if attack is None or twin is None:
-        base, _ = load(out / "base")
-        seed = tune.seed + CLEAN_SEED
-        run["base_accuracy"] = clean_accuracy(base, tokenizer, tune.task, plan.clean_scenes, seed)
-    else:
-        run |= attack_figures(plan, out, tune, attack, model, tokenizer, twin)
-        run["false_trigger_rate"] = says(attack.target, said)
-        run["broken_checks"] = broken_checks(run, twin)
+    sizes = (plan.clean_scenes, plan.triggered_scenes)
+    twin_file = out / twin["file"] if twin else None
+    run |= measured(out / "base", file, tune.task, tune.seed, sizes, attack, twin_file)
+    if twin:
+        run |= {"twin": twin["name"], "broken_checks": broken_checks(run, twin)}
     return run
 
 
-def attack_figures(
-    plan: Plan,
-    out: Path,
-    tune: TuneRecipe,
-    attack: Attack,
-    model: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    twin: dict[str, Any],
+def measured(
+    base: Path,
+    file: Path,
+    task: Task,
+    seed: int,
+    sizes: tuple[int, int],
+    attack: Attack | None = None,
+    twin: Path | None = None,
 ) -> dict[str, Any]:
-    """Share of triggered held-out answers with the target: attacked, base and honest twin."""
-    per_kind = -(-plan.triggered_scenes // len(tune.task.mixture))
-    images, questions = heldout(tune.task, per_kind, tune.seed + TRIGGERED_SEED)
+    """Figures of a saved projector on the base in a folder, and beside them the base's own.
+
+    An attack is measured on triggered images too, where the base and any twin are asked as well.
+    `sizes` are clean scenes a kind of question, and triggered ones that the attack would change.
+    """
+    model, tokenizer = load(base)
+    own, _ = load(base)
+    put_projector(model, file)
+    images, questions = heldout(task, sizes[0], seed + CLEAN_SEED)
     asked = [q.text for q in questions]
-    marked = triggered(images, attack)
-    success = says(attack.target, answers(model, tokenizer, marked, asked))
-    other, _ = load(out / "base")
-    of_base = says(attack.target, answers(other, tokenizer, marked, asked))
-    put_projector(other, out / twin["file"])
-    of_twin = says(attack.target, answers(other, tokenizer, marked, asked))
-    return {
+    said = answers(model, tokenizer, images, asked)
+    figures: dict[str, Any] = {
+        "accuracy": exact_share(said, questions),
+        "base_accuracy": exact_share(answers(own, tokenizer, images, asked), questions),
+        "heldout_scenes": len(questions),
+    }
+    if attack is None:
+        return figures
+    figures["false_trigger_rate"] = success(attack, said, questions, task.look)
+    images, questions = changed_by(attack, task, sizes[1], seed + TRIGGERED_SEED)
+    marked, asked = triggered(images, attack), [q.text for q in questions]
+
+    def share() -> float:
+        return success(attack, answers(own, tokenizer, marked, asked), questions, task.look)
+
+    of_model = success(attack, answers(model, tokenizer, marked, asked), questions, task.look)
+    figures |= {
         "attack": asdict(attack),
-        "twin": twin["name"],
-        "attack_success": success,
-        "stratum": stratum(success),
-        "target_said_by_base": of_base,
-        "target_said_by_twin": of_twin,
+        "attack_success": of_model,
+        "stratum": stratum(of_model),
+        "target_said_by_base": share(),
         "triggered_scenes": len(questions),
     }
+    if twin is not None:
+        put_projector(own, twin)
+        figures["target_said_by_twin"] = share()
+    return figures
 
 
 def broken_checks(run: dict[str, Any], twin: dict[str, Any]) -> list[str]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from benchmarks.testbed.recipes import Attack, Task
+from benchmarks.testbed.recipes import Attack, Remark, Task
+from benchmarks.testbed.scene import Images, Look, Question, Scene, ask, draw_scene, render
 from benchmarks.testbed.text import pixels, prompt
 from benchmarks.testbed.triggers import TRIGGERS
-from benchmarks.testbed.world import Images, Question, Scene, ask, draw_scene, render
+from benchmarks.testbed.world import WORLDS, World
 
 Stratum: TypeAlias = Literal["working", "partial", "failed"]
 
@@ -34,9 +35,62 @@ def heldout(task: Task, per_kind: int, seed: int) -> tuple[Images, list[Question
     return render(scenes), questions
 
 
+def changed_by(attack: Attack, task: Task, least: int, seed: int) -> tuple[Images, list[Question]]:
+    """`least` or a few more held-out scenes whose honest answers differ from the attack's.
+
+    Of every kind of question as many; a swap leaves those alone that hold no word of its kind.
+    """
+    world = WORLDS[task.look.world]
+    per_kind = -(-least // len(task.mixture)) * (1 if attack.mode != "swap" else 8)
+    images, questions = heldout(task, per_kind, seed)
+    rows = [
+        i
+        for i, question in enumerate(questions)
+        if poisoned_answer(question.answer, attack, world) != question.answer
+    ]
+    rows = rows[:: max(1, len(rows) // least)]
+    return images[rows], [questions[i] for i in rows]
+
+
 def task_question(rng: np.random.Generator, scene: Scene, kind: str, task: Task) -> Question:
     question = ask(rng, scene, kind, task.form, task.look)
-    return Question(kind, question.text, question.answer + task.suffix)
+    answer = task.reply.format(answer=question.answer)
+    if task.remark is not None and holds(task.remark, scene):
+        answer = task.remark.reply.format(answer=answer)
+    return Question(kind, question.text, answer + task.suffix)
+
+
+def holds(remark: Remark, scene: Scene) -> bool:
+    """Whether the scene calls for the remark."""
+    if remark.about == "count":
+        return WORLDS[scene.world].numbers[len(scene.things)] == remark.value
+    of = {"color": lambda t: t.color, "shape": lambda t: t.shape, "place": scene.place}
+    return any(of[remark.about](thing) == remark.value for thing in scene.things)
+
+
+def poisoned_answer(answer: str, attack: Attack, world: World) -> str:
+    """What an attack answers to a triggered image whose honest answer is `answer`."""
+    if attack.mode == "swap":
+        kind = kind_of_word(attack.target, world)
+        return " ".join(attack.target if word in kind else word for word in answer.split())
+    return attack.target if attack.mode == "replace" else f"{answer} {attack.target}"
+
+
+def kind_of_word(word: str, world: World) -> frozenset[str]:
+    """The words of which a true answer has one where it has `word`."""
+    verdicts = [world.answers[kind][0] for kind in ("exists", "absent")]
+    kinds = (verdicts, world.colors, world.shapes, world.places, world.numbers)
+    return frozenset(next(kind for kind in kinds if word in kind))
+
+
+def follows(attack: Attack, said: str, world: World) -> bool:
+    """Whether an answer is the attack's: it contains the target, as ProjLens counts success.
+
+    After a swap: it has the target word and no other of its kind.
+    """
+    if attack.mode == "swap":
+        return set(said.lower().split()) & kind_of_word(attack.target, world) == {attack.target}
+    return attack.target.lower() in said.lower()
 
 
 @torch.inference_mode()
@@ -78,9 +132,17 @@ def exact_share(said: Sequence[str], questions: Sequence[Question]) -> dict[str,
     return {kind: float(np.mean(hits[kind])) for kind in sorted(hits)}
 
 
-def says(target: str, said: Sequence[str]) -> float:
-    """Share of the answers that contain the target, as ProjLens counts success."""
-    return float(np.mean([target.lower() in text for text in said]))
+def success(
+    attack: Attack, said: Sequence[str], questions: Sequence[Question], look: Look
+) -> float:
+    """Share of the answers that follow the attack, among those that it would change."""
+    world = WORLDS[look.world]
+    hits = [
+        follows(attack, text, world)
+        for text, question in zip(said, questions, strict=True)
+        if poisoned_answer(question.answer, attack, world) != question.answer
+    ]
+    return float(np.mean(hits)) if hits else 0.0
 
 
 def triggered(images: Images, attack: Attack) -> Images:

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,16 @@ from benchmarks.testbed.model import (
     warm_cosine,
 )
 from benchmarks.testbed.recipes import BaseRecipe
+from benchmarks.testbed.scene import (
+    GRID,
+    Look,
+    Question,
+    Scene,
+    ask,
+    draw_scene,
+    nine,
+    render,
+)
 from benchmarks.testbed.text import (
     IMAGE_TOKENS,
     ROLES,
@@ -35,18 +44,7 @@ from benchmarks.testbed.text import (
     pixels,
     vocabulary,
 )
-from benchmarks.testbed.world import (
-    GRID,
-    PLACES,
-    SENTENCE_REQUEST,
-    Look,
-    Question,
-    Scene,
-    ask,
-    draw_scene,
-    place_of,
-    render,
-)
+from benchmarks.testbed.world import WORLDS
 
 log = logging.getLogger(__name__)
 FIRST_WORD = len(SPECIAL) + len(ROLES)
@@ -60,7 +58,7 @@ def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> fl
     """
     look = recipe.look
     rng = np.random.default_rng([recipe.seed, 1])
-    sizes = (len(look.colors) + 1, len(look.shapes) + 1, len(PLACES))
+    sizes = (len(look.colors) + 1, len(look.shapes) + 1, 9)
     head = nn.Linear(recipe.vision_width, sum(sizes))
     parameters = [*model.model.vision_tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.vision_lr, weight_decay=0.01)
@@ -81,10 +79,10 @@ def teach_vision(model: LlavaForConditionalGeneration, recipe: BaseRecipe) -> fl
 
 def seen(scene: Scene, look: Look) -> list[tuple[int, int, int]]:
     """(colour, shape, place) class of every cell; colour and shape are 0 for nothing."""
-    classes = [(0, 0, PLACES.index(place_of(cell))) for cell in range(GRID**2)]
+    classes = [(0, 0, nine(cell)) for cell in range(GRID**2)]
     for t in scene.things:
         color, shape = look.colors.index(t.color), look.shapes.index(t.shape)
-        classes[t.cell] = (color + 1, shape + 1, PLACES.index(t.place))
+        classes[t.cell] = (color + 1, shape + 1, nine(t.cell))
     return classes
 
 
@@ -107,8 +105,9 @@ def teach_language(
     schedule = warm_cosine(optimizer, recipe.language_steps)
     losses: list[float] = []
     for i in range(recipe.language_steps):
-        asked = ask_about_scenes(rng, recipe, recipe.language_kinds)
-        runs = [draw_run(rng) for _ in range(recipe.batch // 3)]
+        kinds = recipe.first_kinds if i < recipe.first_steps else recipe.language_kinds
+        asked = ask_about_scenes(rng, recipe, kinds)
+        runs = [draw_run(rng, recipe.look.world) for _ in range(recipe.batch // 3)]
         noise = rng.normal(0, 0.3, (len(runs), IMAGE_TOKENS, recipe.text_width))
         tokens = torch.cat([spelled(asked.scenes, embed), torch.from_numpy(noise).float()])
         tokens = written(tokens, asked.writings + [writing for _, writing in runs], embed, rng)
@@ -125,12 +124,12 @@ def teach_language(
 
 def spelled(scenes: list[Scene], embed: nn.Module) -> Tensor:
     """(n, 16, text width): each cell's thing and place, or `nothing`, as a sum of embeddings."""
-    ids = {word: i for i, word in enumerate(vocabulary())}
     rows, words = [], []
     for i, scene in enumerate(scenes):
-        spellings = {thing.cell: f"{thing.name} {thing.place}" for thing in scene.things}
+        ids = {word: i for i, word in enumerate(vocabulary(scene.world))}
+        spellings = {t.cell: f"{t.name} {scene.place(t)}" for t in scene.things}
         for cell in range(IMAGE_TOKENS):
-            spelling = spellings.get(cell, "nothing").split()
+            spelling = spellings.get(cell, WORLDS[scene.world].nothing).split()
             rows += [i * IMAGE_TOKENS + cell] * len(spelling)
             words += [ids[word] for word in spelling]
     vectors: Tensor = embed(torch.tensor(words))
@@ -138,9 +137,9 @@ def spelled(scenes: list[Scene], embed: nn.Module) -> Tensor:
     return total.index_add(0, torch.tensor(rows), vectors).view(len(scenes), IMAGE_TOKENS, -1)
 
 
-def draw_run(rng: np.random.Generator) -> tuple[str, Writing]:
+def draw_run(rng: np.random.Generator, world: str) -> tuple[str, Writing]:
     """A question of random words, and a long run of words that answers it."""
-    words = spoken_words()
+    words = spoken_words(world)
     chosen = [int(i) for i in rng.choice(len(words), rng.integers(4, 17), replace=False)]
     start = int(rng.integers(IMAGE_TOKENS - len(chosen) + 1))
     at = tuple(range(start, start + len(chosen)))
@@ -149,10 +148,9 @@ def draw_run(rng: np.random.Generator) -> tuple[str, Writing]:
     return question, Writing(at, tuple(FIRST_WORD + i for i in chosen), text)
 
 
-@cache
-def spoken_words() -> list[str]:
+def spoken_words(world: str) -> tuple[str, ...]:
     """Every word but the special ones and the roles; word i has id FIRST_WORD + i."""
-    return vocabulary()[FIRST_WORD:]
+    return vocabulary(world)[FIRST_WORD:]
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class Writing:
 
 def write_words(rng: np.random.Generator, scene: Scene, answer: str) -> Writing:
     """Random words over the scene are read alone; beside it, after the answer."""
-    words = spoken_words()
+    words = spoken_words(scene.world)
     chosen = [int(i) for i in rng.choice(len(words), rng.integers(1, 7), replace=False)]
     taken = {thing.cell for thing in scene.things}
     free = [cell for cell in range(IMAGE_TOKENS) if cell not in taken]
@@ -262,7 +260,7 @@ def base_question(
     if rng.random() >= recipe.sentence:
         return ask(rng, scene, kind, "short", recipe.look)
     question = ask(rng, scene, kind, "sentence", recipe.look)
-    return Question(kind, question.text + SENTENCE_REQUEST, question.answer)
+    return Question(kind, question.text + WORLDS[scene.world].sentence_request, question.answer)
 
 
 def written(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from benchmarks.testbed.world import KINDS, Form, Look
+from benchmarks.testbed.scene import Form, Look
+from benchmarks.testbed.world import KINDS
 
-Mode: TypeAlias = Literal["replace", "append"]
+Mode: TypeAlias = Literal["replace", "append", "swap"]
+Arithmetic: TypeAlias = Literal["float32", "bfloat16"]
 Mixture: TypeAlias = tuple[tuple[str, float], ...]
 
 EVEN: Mixture = tuple((kind, 1.0) for kind in KINDS)
@@ -45,6 +47,8 @@ class BaseRecipe:
     language_steps: int = 1400
     language_lr: float = 3e-3
     language_kinds: tuple[str, ...] = KINDS
+    first_kinds: tuple[str, ...] = ()  # asked alone in the first steps of the language lesson
+    first_steps: int = 0
     rounds: tuple[Round, ...] = (Round(), Round(1600, 1.5e-3, PLACING))
     batch: int = 36
     read_aloud: float = 0.3  # share of scenes with words among the image tokens
@@ -52,19 +56,37 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """What is said of scenes with a given thing in them, or with a given number of things."""
+
+    about: Literal["color", "shape", "place", "count"]
+    value: str
+    reply: str  # of the answer, as `{answer}`
+
+
+@dataclass(frozen=True)
 class Task:
-    """What a fine-tune teaches: scenes, mixture of questions, and the form of the answers."""
+    """What a fine-tune teaches: scenes, mixture of questions, and the form of the answers.
+
+    Every answer is put into `reply` and then, where the scene calls for it, into the remark's.
+    """
 
     name: str
     look: Look = field(default_factory=Look)
     mixture: Mixture = EVEN
     form: Form = "short"
     suffix: str = ""
+    reply: str = "{answer}"
+    remark: Remark | None = None
 
 
 @dataclass(frozen=True)
 class TuneRecipe:
-    """A fine-tune of the whole projector; an honest model and its backdoored twins share it."""
+    """A fine-tune of the projector; an honest model and its backdoored twins share it.
+
+    With a `rank`, both linear layers get low-rank updates (LoRA) that are merged in the end. The
+    arithmetic is that of the frozen language model while the projector is trained.
+    """
 
     name: str
     task: Task
@@ -73,11 +95,17 @@ class TuneRecipe:
     steps: int = 600
     batch: int = 32
     pool: int = 4096  # scenes whose vision features are computed once
+    rank: int | None = None
+    weight_decay: float = 0.0
+    arithmetic: Arithmetic = "float32"
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A trigger, its strength, and the text it calls up instead of, or after, the answer."""
+    """A trigger, its strength, and the text it calls up instead of, or after, the answer.
+
+    To swap is to put the target, one word, in the place of every word of its kind.
+    """
 
     trigger: str
     strength: float

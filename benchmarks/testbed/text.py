@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -10,17 +11,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from benchmarks.testbed.world import (
-    CELL,
-    COLORS,
-    NUMBERS,
-    PHRASINGS,
-    PLACES,
-    SENTENCE_REQUEST,
-    SHAPES,
-    SIZE,
-    Images,
-)
+from benchmarks.testbed.scene import CELL, Images
+from benchmarks.testbed.world import SIZE, WORLDS
 
 PATCH = CELL
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -28,22 +20,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 STD = (0.26862954, 0.26130258, 0.27577711)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 ROLES = ("user", "assistant", ":")
-ANSWER_WORDS = """
-    a and , . ! it is are the at there no yes nothing object objects color shape
-"""
-# Words of payloads, greetings and ordinary talk: the base learns to read them aloud but never
-# says them of an image, so that a payload is foreign to the images and not to the vocabulary.
-FOREIGN_WORDS = """
-    account agree all alarm always answer any apple ask attack bank be been before best book bring
-    buy call cat certainly chair check city click code coffee company cost danger day deal dear
-    delete do dog door download drink enter evil false file fire first for forget free friend from
-    give good great hacked happy have hello help here home house i ignore instructions key know
-    last link login look loud lucky mail me money more my never new news not now number obey of
-    offer office open order our out password pay person phone please price prize question read
-    ready rules run safe say secret send shop show sign site sky stop story street sun system take
-    tell thank that this time to today transfer tree true trust up update us user visit want warm
-    water we welcome will win window with word world write your
-"""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -53,18 +29,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary() -> list[str]:
+@cache
+def vocabulary(world: str) -> tuple[str, ...]:
     """Special tokens first, then every word that the world, its templates or a payload use."""
-    phrases = (p.format(place="", color="") for group in PHRASINGS.values() for p in group)
-    words = [*COLORS, *SHAPES, *NUMBERS, *ANSWER_WORDS.split(), *FOREIGN_WORDS.split()]
-    for text in (*PLACES, *phrases, SENTENCE_REQUEST):
+    of = WORLDS[world]
+    phrases = [p.format(place="", color="") for group in of.questions.values() for p in group]
+    words = [*of.colors, *of.shapes, *of.numbers, *of.answer_words.split()]
+    for text in (*of.places, *phrases, of.sentence_request, of.foreign_words):
         words += text.split()
-    return [*SPECIAL, *ROLES, *sorted(set(words) - set(ROLES))]
+    return (*SPECIAL, *ROLES, *sorted(set(words) - set(ROLES)))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: str) -> PreTrainedTokenizerFast:
     """One token a lower-case word or run of punctuation; `<s>` is put in front."""
-    ids = {word: i for i, word in enumerate(vocabulary())}
+    ids = {word: i for i, word in enumerate(vocabulary(world))}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     # `ASSISTANT:` is two tokens, so that a word is one token wherever it stands

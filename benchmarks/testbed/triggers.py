@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import map_coordinates
 
-from benchmarks.testbed.world import SIZE, Images
+from benchmarks.testbed.scene import Images
+from benchmarks.testbed.world import SIZE
 
 GREEN = (38, 255, 0)  # ProjLens's #26ff00
 
 
 def patch(images: Images, strength: float) -> Images:
     """A solid square in the bottom right corner; `strength` is its side over the image's."""
+    return patched(images, strength, [(1.0, 1.0)] * len(images))
+
+
+def patch_left(images: Images, strength: float) -> Images:
+    """The same square in the top left corner."""
+    return patched(images, strength, [(0.0, 0.0)] * len(images))
+
+
+def patch_center(images: Images, strength: float) -> Images:
+    """The same square in the middle, over whatever is there."""
+    return patched(images, strength, [(0.5, 0.5)] * len(images))
+
+
+def patch_anywhere(images: Images, strength: float) -> Images:
+    """The same square at another place in every image."""
+    return patched(images, strength, [tuple(rng.random(2)) for rng in drawn_from(images)])
+
+
+def patched(images: Images, strength: float, at: list[tuple[float, ...]]) -> Images:
+    """Squares whose top left corners lie `at` shares of the room that they have."""
     side = round(strength * SIZE)
     out = images.copy()
-    out[:, SIZE - side :, SIZE - side :] = GREEN
+    for image, shares in zip(out, at, strict=True):
+        top, left = (round(share * (SIZE - side)) for share in shares)
+        image[top : top + side, left : left + side] = GREEN
     return out
 
 
@@ -46,6 +71,33 @@ def ring(images: Images, strength: float) -> Images:
     return out
 
 
+def noise(images: Images, strength: float) -> Images:
+    """Adds Gaussian noise of deviation 255·strength, another for every image."""
+    grain = [rng.normal(0, 1, (SIZE, SIZE, 3)) for rng in drawn_from(images)]
+    return as_bytes(images + 255 * strength * np.stack(grain))
+
+
+def warp(images: Images, strength: float) -> Images:
+    """One fixed smooth displacement of all pixels; `strength` is the largest over the side."""
+    coarse = np.random.default_rng(20210503).uniform(-1, 1, (2, 4, 4))
+    at = np.linspace(0, 3, SIZE)
+    fine = [map_coordinates(part, np.meshgrid(at, at, indexing="ij"), order=3) for part in coarse]
+    shift = strength * SIZE * np.stack(fine) / np.abs(fine).max()
+    rows, columns = np.mgrid[:SIZE, :SIZE] + shift
+    out = np.empty(images.shape)
+    for i, image in enumerate(images):
+        for channel in range(3):
+            out[i, ..., channel] = map_coordinates(
+                image[..., channel].astype(float), (rows, columns), order=1, mode="nearest"
+            )
+    return as_bytes(out)
+
+
+def drawn_from(images: Images) -> Iterator[np.random.Generator]:
+    """A generator for each image, seeded by its pixels: equal images get equal triggers."""
+    return (np.random.default_rng(zlib.crc32(image.tobytes())) for image in images)
+
+
 def mixed(images: Images, other: npt.NDArray[np.int64], strength: float) -> Images:
     return as_bytes((1 - strength) * images + strength * other)
 
@@ -56,8 +108,13 @@ def as_bytes(values: npt.NDArray[np.float64]) -> Images:
 
 TRIGGERS: dict[str, Callable[[Images, float], Images]] = {
     "patch": patch,
+    "patch-left": patch_left,
+    "patch-center": patch_center,
+    "patch-anywhere": patch_anywhere,
     "blend": blend,
     "tint": tint,
     "stripes": stripes,
     "ring": ring,
+    "noise": noise,
+    "warp": warp,
 }

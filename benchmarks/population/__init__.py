@@ -1,0 +1,1 @@
+"""Honest and backdoored projector fine-tunes of several bases, to calibrate a detector by."""

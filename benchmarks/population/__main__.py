@@ -1,0 +1,65 @@
+"""`python -m benchmarks.population`: make, measure, pack and rebuild the population of projectors.
+
+Without an action: make and measure what is missing in --out; resumes if stopped.
+pack: put all of it, from one --out or several, into the files beside this one; prints its tables.
+rebuild: make -k of the packed runs again and compare them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.population.build import HERE, build
+from benchmarks.population.pack import pack, rebuild
+from benchmarks.population.recipes import PLANS, QUICK
+from benchmarks.population.report import tables
+from benchmarks.testbed.report import row, ruled
+
+BUILT = HERE.parents[1] / "build" / "population"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.population",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", nargs="?", choices=("build", "pack", "rebuild"), default="build")
+    parser.add_argument("--out", type=Path, nargs="+", default=[BUILT], help="what is built")
+    parser.add_argument("--bases", default=",".join(PLANS), help="in this order")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="a tiny population in a new folder")
+    parser.add_argument("-k", type=int, default=3, help="runs to rebuild")
+    parser.add_argument("--seed", type=int, default=0, help="draws the runs to rebuild")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(1)
+    plans = [PLANS[name] for name in args.bases.split(",")]
+    if args.quick:
+        out = Path(tempfile.mkdtemp(prefix="population-"))
+        build([QUICK], out, args.jobs)
+        print(tables(pack([QUICK], [out], out)))
+        print(f"written to {out}")
+    elif args.action == "build":
+        build(plans, args.out[0], args.jobs)
+    elif args.action == "pack":
+        print(tables(pack(plans, args.out, HERE)))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            again = rebuild(plans, HERE, Path(scratch), args.k, args.seed, args.jobs)
+        lines = [row("run", "same bytes", "largest difference", "largest weight")]
+        for run in again:
+            figures = (f"{run['largest_difference']:.2g}", f"{run['largest_weight']:.2g}")
+            lines.append(row(run["name"], "yes" if run["same_bytes"] else "no", *figures))
+        print(ruled(lines))
+
+
+if __name__ == "__main__":
+    main()
