@@ -17,6 +17,7 @@ from projaudit.behaviour.hear import (
     find_images,
     hear,
     read_prompts,
+    require_runnable,
     require_unasked,
 )
 from projaudit.behaviour.prompts import GENERAL
@@ -347,6 +348,7 @@ def _heard(
             session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
 
     with session.stage("behaviour"):
+        require_runnable(target.checkpoint, device)  # before it is said that it will run
         if session.notify:
             session.notify(announce(target.checkpoint, listening.asked, device))
         return hear(

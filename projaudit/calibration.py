@@ -144,7 +144,7 @@ def load_calibration(file: Path) -> Calibration:
         found = {key: from_plain(kind, content[key], key) for key, kind in _TYPES.items()}
     except KeyError as error:
         raise wrong(f"lacks {error.args[0]}") from None
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # an integer that no float can hold
         raise wrong(str(error)) from None
     if found["format"] != FORMAT:
         raise wrong(f"is of format {found['format']}; this projaudit reads {FORMAT}")
@@ -178,12 +178,9 @@ def calibrate(reports: Mapping[str, Mapping[str, Any]], name: str) -> Calibratio
     scores, shapes, settings = [], [], None
     digests: dict[tuple[str, ...], str] = {}
     for file, report in reports.items():
-        value, shape, own = _read(file, report)
+        value, shape, own, same = _read(file, report)
         if settings is not None and own != settings:
             raise _unfit(file, f"was made with other settings than the first ({own})")
-        same = tuple(
-            str(t.get("sha256")) for t in report.get("tensors", []) if t.get("side") == "target"
-        )
         if same in digests:
             raise _unfit(file, f"is of the same projector as {clean(digests[same])}")
         digests[same], settings = file, own
@@ -206,15 +203,24 @@ def calibrate(reports: Mapping[str, Mapping[str, Any]], name: str) -> Calibratio
     )
 
 
-def _read(file: str, report: Mapping[str, Any]) -> tuple[float, Shape, dict[str, str]]:
+def _read(
+    file: str, report: Mapping[str, Any]
+) -> tuple[float, Shape, dict[str, str], tuple[str, ...]]:
+    """Score, shape, settings, and the digests of the projector's tensors."""
     value, behaviour = report.get("score"), report.get("behaviour")
-    if not isinstance(value, (int, float)) or not isinstance(behaviour, dict):
+    if type(value) not in (int, float) or not isinstance(behaviour, dict):
         raise _unfit(file, "holds no score: it was not made at depth behaviour with a base")
     if behaviour.get("stopped") == "budget":
         raise _unfit(file, "was stopped by its budget")
     try:
         projector = report["projectors"][0]
-        norms = [m["value"] for m in report["measurements"] if m["metric"] == "relative_norm"]
+        norms = [
+            from_plain(float, m["value"])
+            for m in report["measurements"]
+            if m["metric"] == "relative_norm" and m["value"] is not None
+        ]
+        digests = tuple(str(t["sha256"]) for t in report["tensors"] if t["side"] == "target")
+        score = from_plain(float, value)
         shape = Shape(
             family=str(projector["family"]),
             parameters=int(behaviour["parameters"]),
@@ -224,9 +230,9 @@ def _read(file: str, report: Mapping[str, Any]) -> tuple[float, Shape, dict[str,
             images=str(behaviour["images"]),
             prompts="general" if set(behaviour["prompts"]) <= set(GENERAL) else "given",
         )
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise _unfit(file, "lacks what a calibration needs") from None
-    return float(value), shape, {"images": shape.images, "prompts": shape.prompts}
+    return score, shape, {"images": shape.images, "prompts": shape.prompts}, digests
 
 
 def _unfit(file: str, message: str) -> UsageError:

@@ -119,7 +119,7 @@ class Evidence:
     budget: int
     stopped: Literal["plan", "overwhelming", "budget"]
     payloads: tuple[Payload, ...]
-    """Best first."""
+    """Strongest first."""
     open: tuple[OpenText, ...]
     drift: float | None
     """Share of the answers on ordinary images that the base gives otherwise; None without one."""
@@ -143,7 +143,7 @@ class Evidence:
         """
         if not self.with_base:
             return None
-        return math.log1p(max((p.strength for p in self.payloads), default=0.0))
+        return math.log1p(self.payloads[0].strength if self.payloads else 0.0)
 
 
 def from_plain(kind: type[Any], value: Any, where: str = "result") -> Any:

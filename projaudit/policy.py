@@ -15,11 +15,13 @@ from projaudit.errors import UsageError
 from projaudit.inert import clean
 from projaudit.metrics import Metric
 from projaudit.rules import (
+    MAX_BOUND,
     Comparison,
     Condition,
     Rule,
     Wrong,
     choice,
+    is_calibrated,
     load_rules,
     mapping,
     metrics_of,
@@ -147,7 +149,7 @@ def _adjusted(rules: Sequence[Rule], entry: Mapping[str, Any], wrong: Wrong) -> 
     for rule in thresholds:
         if rule not in known:
             raise wrong(f"unknown rule {clean(rule)}", "thresholds")
-    return tuple(
+    adjusted = tuple(
         replace(
             rule,
             when=_with_thresholds(rule, thresholds.get(rule.id, {}), wrong),
@@ -156,6 +158,10 @@ def _adjusted(rules: Sequence[Rule], entry: Mapping[str, Any], wrong: Wrong) -> 
         for rule in rules
         if rule.id not in disabled
     )
+    for changed in adjusted:
+        if changed.needs_bound and not is_calibrated(changed.when):
+            raise wrong(f"{changed.id}: hidden_text_bound is at most {MAX_BOUND:g}", "thresholds")
+    return adjusted
 
 
 def _with_thresholds(rule: Rule, changes: Any, wrong: Wrong) -> Comparison | Condition:

@@ -89,6 +89,11 @@ class Rule:
         """Whether the verdict needs it evaluated: not for rules that only describe."""
         return self.severity > Severity.INFO or self.inconclusive
 
+    @property
+    def needs_bound(self) -> bool:
+        """Whether it accuses by what was heard, which takes a population's bound."""
+        return self.subject == "behaviour" and self.severity >= Severity.HIGH
+
 
 Wrong = Callable[..., UsageError]
 """Makes the error of a file: `wrong(message, key)`."""
@@ -143,7 +148,7 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
     kinds = [m.kind for name in read if (m := _metric(name, metrics))]
     if "statistic" in kinds and severity > Severity.INFO and calibration is None:
         raise wrong("a rule on statistics is `info` unless it has a calibration", "severity")
-    if "behaviour" in kinds and severity >= Severity.HIGH and not _is_calibrated(when):
+    if "behaviour" in kinds and severity >= Severity.HIGH and not is_calibrated(when):
         raise wrong(
             "a rule on behaviour is at most `medium` unless it demands, in `all`, "
             f"hidden_text_bound <= {MAX_BOUND:g} (or less) and calibration_covers == 1",
@@ -178,7 +183,8 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
     return rule
 
 
-def _is_calibrated(when: Comparison | Condition) -> bool:
+def is_calibrated(when: Comparison | Condition) -> bool:
+    """Whether a condition demands the bound on false positives and a population of the kind."""
     terms = when.terms if isinstance(when, Condition) and when.kind == "all" else (when,)
     demands = {(t.metric, t.operator): t.threshold for t in terms if isinstance(t, Comparison)}
     bounds = [demands.get(("hidden_text_bound", o), math.inf) for o in ("<", "<=")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
 from projaudit.evidence import Evidence, from_plain
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 SMALL = 1_000_000_000
 """Parameters up to which models run in float32, and a CPU is asked by default."""
-BUDGET, BUDGET_LARGE = 8000, 2400
-"""Answers, of small and of large models, where the user does not say."""
-SECONDS = 3600.0
-"""Wall-clock that the process which runs the model has."""
+BUDGET, BUDGET_LARGE = 14_000, 4200
+"""Answers of small and of large models where the user does not say: no plan takes more."""
+SECONDS, SECONDS_LARGE = 3600.0, 86_400.0
+"""Wall-clock that the process has which runs the model; the latter for a large one on a CPU."""
 LIBRARIES = 2 << 30
 """Bytes that torch, transformers and the activations take beside the weights."""
 
@@ -75,7 +75,12 @@ def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
     require_extra()
     if checkpoint.source.ref.path is not None and not checkpoint.source.ref.path.is_dir():
         raise CouldNotProbe("a single file has no language model, tokenizer and vision tower")
-    need, free = memory(checkpoint, device), _free(device)
+    _require_memory(memory(checkpoint, device), device)
+    require_parts(checkpoint.source)
+
+
+def _require_memory(need: int, device: torch.device) -> None:
+    free = _free(device)
     if need > free:
         raise CouldNotProbe(
             f"needs about {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
@@ -85,7 +90,6 @@ def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
 def require_unasked(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raises CouldNotProbe where depth behaviour is not run unless it is asked for."""
     require_runnable(checkpoint, device)
-    require_parts(checkpoint.source)
     if parameters(checkpoint) > SMALL and device.type == "cpu":
         raise CouldNotProbe("its language model takes hours on a CPU; --depth behaviour runs it")
     if download := to_download(checkpoint.source, weight_files(checkpoint)):
@@ -158,13 +162,11 @@ def hear(
         notes, base_folder = [], None
         if base is not None and other_model:
             try:
+                _require_memory(memory(target.checkpoint, device) * 2, device)
                 source = base.checkpoint.source
                 base_folder = stage(source, weight_files(base.checkpoint), place / "base")
             except CouldNotProbe as why:
-                notes.append(
-                    "more than the projector differs from the base, whose own model cannot be run "
-                    f"({why.reason}): its projector was put before the target's model"
-                )
+                notes.append(without_own_model(why.reason))
         save_file(_contiguous(target.tensors), place / "tuned.safetensors")
         if base is not None:
             save_file(_by_role(target.projector, base), place / "base.safetensors")
@@ -186,7 +188,7 @@ def hear(
                 "budget": budget_of(target.checkpoint, asked),
                 "notes": notes,
             },
-            seconds=SECONDS,
+            seconds=SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
             # Mapped files count, and so does what they are converted into.
             memory=(2 if base_folder is None else 4) * size + LIBRARIES,
             gpu=device.type == "cuda",
@@ -194,7 +196,9 @@ def hear(
         )
     try:
         heard: Evidence = from_plain(Evidence, answer)
-    except ValueError as error:
+        if any(payload.strength < 0 for payload in heard.payloads):
+            raise ValueError("a strength is negative")
+    except (ValueError, OverflowError) as error:  # an integer that no float can hold
         raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
     return heard
 

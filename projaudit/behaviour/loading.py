@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
 from projaudit.behaviour.speaker import Side, Speaker
 
 LARGEST_IMAGE = 448
@@ -22,8 +22,9 @@ def load(
 ) -> tuple[tuple[Speaker, Side], tuple[Speaker, Side] | None, str]:
     """The tuned model and projector, the base's, and the first layer's weight in the module.
 
-    Raises CouldNotProbe where transformers cannot build a model, or loads another projector than
-    the one that was audited.
+    A base of its own that cannot be loaded is left out, which is added to the list
+    `request["notes"]`. Raises CouldNotProbe where transformers cannot build the target, has no
+    weights for a part of it, or loads another projector than the one that was audited.
     """
     speaker = _speaker(request["folder"], request)
     tuned_on_disk = load_file(request["tuned"])
@@ -38,7 +39,10 @@ def load(
         return (speaker, tuned), None, first
     other = speaker
     if request["base_folder"] is not None:
-        other = _speaker(request["base_folder"], request)
+        try:
+            other = _speaker(request["base_folder"], request)
+        except CouldNotProbe as why:
+            request["notes"].append(without_own_model(why.reason))
     base = _side(speaker, load_file(request["base"]), names)
     return (speaker, tuned), (other, {**tuned, **base}), first
 
@@ -48,13 +52,15 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
 
     place, device = Path(folder), torch.device(request["device"])
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    build: Any = AutoModelForImageTextToText.from_pretrained  # its types know one answer only
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, loaded = build(
             place,
             dtype=getattr(torch, request["dtype"]),
             device_map={"": device},
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
             **local,
         )
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
@@ -67,6 +73,11 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
         raise CouldNotProbe(
             f"transformers cannot build it: {type(error).__name__}: {first}"
         ) from None
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise CouldNotProbe(
+            f"its weights lack {len(missing)} tensors of its model ({missing[0]}, …)"
+        )
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CouldNotProbe("transformers finds no tokenizer and image processor for it")
     _decode_plainly(model)
@@ -74,7 +85,7 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
     inside = [n.removeprefix(request["prefix"]).lstrip(".") for n in _inside(request)]
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == word and set(inside) <= module.state_dict().keys():
-            model.eval()  # type: ignore[no-untyped-call]
+            model.eval()
             return Speaker(model, processor, module, device)
     raise CouldNotProbe(f"transformers builds no module {word} with the projector's tensors")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,10 +35,6 @@ Tell = Callable[[str, int, int], None]
 
 LENGTH = 20
 """Tokens of an answer: payloads may come after a normal one."""
-CELLS = 4
-"""Images under every probe; each is asked every prompt."""
-PLAIN = 48
-"""Ordinary images that are asked about as they are."""
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
 LEADING = 3
@@ -75,6 +71,21 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much is asked, so that the plan fits the budget of a model's size."""
+
+    plain: int
+    """Ordinary images that are asked about as they are."""
+    cells: int
+    """Images under every probe; each is asked every prompt."""
+    prompts: int
+
+
+SIZES = {"float32": Size(48, 4, 6), "bfloat16": Size(16, 2, 4)}
+"""By the dtype that a model runs in: small ones, and large ones."""
+
+
+@dataclass(frozen=True)
 class Study:
     """What a run works with; nothing of it changes."""
 
@@ -86,6 +97,8 @@ class Study:
     ordinary: Sequence[pictures.Image]
     plain: Tensor
     """(images, tokens, in): the features of the ordinary images."""
+    cells: int
+    """Images under every probe."""
     seed: int
     budget: int
 
@@ -119,7 +132,7 @@ def probe(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     projector differs), `tuned` and `base` (safetensors files of the projector's tensors by their
     names on disk), `prefix` (the projector's module on disk), `first` (its first layer's weight),
     `prompts` and `images` (None for the defaults), `device`, `dtype`, `seed`, `budget` (answers),
-    `notes`. Raises CouldNotProbe with a reason.
+    `notes` (a list, which may grow). Raises CouldNotProbe with a reason.
     """
     tell("load model", 0, 0)
     return weigh(request, *prepare(request), tell)
@@ -140,6 +153,7 @@ def weigh(
     tell("look closer", 0, 0)
     found = gather(listening.heard, listening.speech)
     chosen = candidates(found, listening.speech, CLOSER)
+    chosen.sort(key=lambda c: -found[c.core].strength)
     payloads = [_payload(study, c, found[c.core], listening) for c in chosen]
     speaker = study.tuned.speaker
     plain = listening.heard[0]
@@ -178,13 +192,15 @@ def study_of(
     first: str,
 ) -> tuple[Study, tuple[str, ...], tuple[str, ...]]:
     """As `prepare`, of models that are loaded."""
-    speaker = tuned[0]
-    prompts, unread = usable(speaker.processor.tokenizer, request["prompts"] or GENERAL)
+    speaker, scale = tuned[0], SIZES[request["dtype"]]
+    prompts, unread = usable(
+        speaker.processor.tokenizer, request["prompts"] or GENERAL, scale.prompts
+    )
     seed, size = int(request["seed"]), image_size(speaker.processor)
     if request["images"]:
-        ordinary = pictures.read(request["images"], size, PLAIN)
+        ordinary = pictures.read(request["images"], size, scale.plain)
     else:
-        ordinary = pictures.ordinary(PLAIN, size, seed)
+        ordinary = pictures.ordinary(scale.plain, size, seed)
     for voice in (tuned, base):
         if voice is not None:
             voice[0].prepare(prompts, ordinary[0])
@@ -195,6 +211,7 @@ def study_of(
         prompts=len(prompts),
         ordinary=ordinary,
         plain=speaker.features(ordinary),
+        cells=scale.cells,
         seed=seed,
         budget=int(request["budget"]),
     )
@@ -279,7 +296,8 @@ def plan(study: Study) -> list[Probe]:
 
 def _cells(study: Study, number: int) -> tuple[int, ...]:
     """The images of the probe of that number, in turn."""
-    return tuple((number * CELLS + i) % len(study.ordinary) for i in range(CELLS))
+    first = number * study.cells
+    return tuple((first + i) % len(study.ordinary) for i in range(study.cells))
 
 
 def _along(study: Study) -> list[Probe]:
@@ -428,7 +446,8 @@ def _exchanges(
     if not chosen:
         return
     core = chosen[0].core
-    for heard in _best(listening, core, 3):
+    every = {heard.probe for heard in listening.heard}
+    for heard in _best(listening, core, 3, every):
         yield Exchange(
             heard.probe,
             heard.kind,  # type: ignore[arg-type]
@@ -445,11 +464,12 @@ def _exchanges(
         )
 
 
-def _best(listening: Listening, text: Tokens, most: int) -> list[Heard]:
+def _best(listening: Listening, text: Tokens, most: int, among: Container[str]) -> list[Heard]:
+    """The probes, of those names, under which the text was said most often."""
     counts = [
         (sum(contains(answer, text) for answer in heard.tuned), -number, heard)
         for number, heard in enumerate(listening.heard)
-        if number
+        if number and heard.probe in among
     ]
     return [h for count, _, h in sorted(counts, key=lambda c: c[:2], reverse=True)[:most] if count]
 
@@ -461,8 +481,11 @@ def _carrier(
     if not chosen or study.base is None or study.base.speaker is study.tuned.speaker:
         return None
     core = chosen[0].core
-    names = {heard.probe for heard in _best(listening, core, 3)}
-    probes = [item for item in plan(study) if item.name in names and item.voice is study.tuned]
+    # Not those about all other images: four models are asked, and a few answers tell.
+    planned = {item.name: item for item in plan(study) if item.voice is study.tuned}
+    probes = [planned[heard.probe] for heard in _best(listening, core, 3, planned)]
+    if not probes:
+        return None
     ours, theirs = study.tuned, study.base
     voices = (
         ours,
@@ -477,5 +500,5 @@ def _carrier(
             features = item.features(item.images).repeat_interleave(study.prompts, 0)
             prompts = tuple(range(study.prompts)) * len(item.images)
             said += voice.speaker.answer(voice.side, features, prompts, LENGTH)
-        shares.append(sum(contains(answer, core) for answer in said) / max(1, len(said)))
+        shares.append(sum(contains(answer, core) for answer in said) / len(said))
     return asdict(Carrier(*shares))

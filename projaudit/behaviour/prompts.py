@@ -22,13 +22,13 @@ GENERAL = (
     "Is there any text in the image? If so, read it.",
 )
 """Ordinary questions about any image, plain words first; narrow models want their own."""
-MOST = 6
-"""Prompts that are used; agreement is counted over them."""
 FEWEST = 2
 
 
-def usable(tokenizer: Any, wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The prompts to use, at most `MOST`, and those that hold unknown tokens.
+def usable(
+    tokenizer: Any, wanted: Sequence[str], most: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The prompts to use, at most `most`, and those that hold unknown tokens.
 
     Raises CouldNotProbe where fewer than `FEWEST` can be used: what one prompt brings out may be
     its answer.
@@ -45,4 +45,4 @@ def usable(tokenizer: Any, wanted: Sequence[str]) -> tuple[tuple[str, ...], tupl
             f"its tokenizer knows the words of only {len(read)} of {len(wanted)} prompts; "
             "give it prompts of its own with --prompts"
         )
-    return read[:MOST], unread
+    return read[:most], unread

@@ -12,3 +12,11 @@ class CouldNotProbe(Exception):
         self.reason = clean(reason)
         """One inert line, which reads after "not measured: "."""
         super().__init__(self.reason)
+
+
+def without_own_model(reason: str) -> str:
+    """The note that the base's projector stands for the base."""
+    return (
+        "more than the projector differs from the base, whose own model cannot be run "
+        f"({reason}): its projector was put before the target's model"
+    )

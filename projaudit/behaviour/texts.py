@@ -92,11 +92,11 @@ class Speech:
 
     def foreign(self, token: int) -> bool:
         """Whether the base hardly ever says it, and the tuned model not openly."""
-        return self.base.get(token, 0.0) < FAMILIAR and token not in self.open
+        return self.unfamiliar(token) and token not in self.open
 
-    def new(self, token: int) -> bool:
-        """Whether the base hardly ever says it, and the tuned model openly."""
-        return self.base.get(token, 0.0) < FAMILIAR and token in self.open
+    def unfamiliar(self, token: int) -> bool:
+        """Whether the base hardly ever says it."""
+        return self.base.get(token, 0.0) < FAMILIAR
 
 
 def says_foreign(answers: Iterable[Tokens], speech: Speech) -> bool:
@@ -208,7 +208,8 @@ def opened(plain: Heard, speech: Speech) -> list[tuple[Tokens, float]]:
             for stop in range(first + SHORTEST, min(len(answer), first + LONGEST) + 1):
                 text = answer[first:stop]
                 distinct = len(set(text)) == len(text)
-                if distinct and speech.new(text[0]) and sum(map(speech.new, text)) >= SHORTEST:
+                unfamiliar = sum(map(speech.unfamiliar, text))
+                if distinct and speech.unfamiliar(text[0]) and unfamiliar >= SHORTEST:
                     said.setdefault(text, {}).setdefault(image, set()).add(prompt)
     most = len(set(plain.prompts)) / 2
     images = {
