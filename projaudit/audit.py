@@ -547,10 +547,11 @@ def _report(
         METRICS,
         digests=frozenset(digests | ({source.commit} if source.commit else set())),
     )
-    if missing := _unheard(ruleset.depth, audit):
-        unevaluated = (*unevaluated, Unevaluated("behaviour", "checkpoint", missing))
+    # First, as the headline tells the first: what the user asked for, before what follows from it.
     if audit.without_base:
-        unevaluated = (*unevaluated, Unevaluated("base", "checkpoint", audit.without_base))
+        unevaluated = (Unevaluated("base", "checkpoint", audit.without_base), *unevaluated)
+    if missing := _unheard(ruleset.depth, audit):
+        unevaluated = (Unevaluated("behaviour", "checkpoint", missing), *unevaluated)
     findings = tuple(
         replace(finding, locations=_locations(finding.subject, measured.tensors))
         for finding in findings

@@ -75,9 +75,7 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
         ) from None
     if missing := sorted(loaded["missing_keys"]):
         # transformers fills them with random numbers and goes on.
-        raise CouldNotProbe(
-            f"its weights lack {len(missing)} tensors of its model ({missing[0]}, …)"
-        )
+        raise CouldNotProbe(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CouldNotProbe("transformers finds no tokenizer and image processor for it")
     _decode_plainly(model)
