@@ -20,7 +20,7 @@ from projaudit.behaviour.hear import (
     require_runnable,
     require_unasked,
 )
-from projaudit.behaviour.prompts import GENERAL
+from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
 from projaudit.checkpoint import Checkpoint, open_checkpoint
@@ -380,7 +380,7 @@ def _standing(
         out_features=projector.out_features,
         relative_norm=max(norms, default=None),
         images=evidence.images,
-        prompts="general" if set(evidence.prompts) <= set(GENERAL) else "given",
+        prompts=kind_of(evidence.prompts),
     )
     return stand(listening.calibration, listening.source, value, shape)
 

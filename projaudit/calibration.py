@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from projaudit.behaviour.prompts import GENERAL
+from projaudit.behaviour.prompts import kind_of
 from projaudit.data import data_path
 from projaudit.errors import FormatError, UsageError
 from projaudit.evidence import from_plain
@@ -49,7 +49,7 @@ class Calibration:
     relative_norm: Range
     """Largest ‖ΔW‖ / ‖W‖ over a projector's layers: what the recipe's strength comes to."""
     settings: Mapping[str, str]
-    """What a run has to share: `images` (synthetic, given) and `prompts` (general, given)."""
+    """What a run has to share: `images` (synthetic, given) and `prompts` (`6 general`)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Shape:
     images: str
     """`synthetic` or `given`."""
     prompts: str
-    """`general` or `given`."""
+    """`6 general`, `4 given`."""
 
 
 def stand(calibration: Calibration, source: str, value: float, shape: Shape) -> Standing:
@@ -228,7 +228,7 @@ def _read(
             out_features=int(projector["out_features"]),
             relative_norm=max(norms, default=None),
             images=str(behaviour["images"]),
-            prompts="general" if set(behaviour["prompts"]) <= set(GENERAL) else "given",
+            prompts=kind_of(behaviour["prompts"]),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise _unfit(file, "lacks what a calibration needs") from None

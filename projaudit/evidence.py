@@ -170,7 +170,10 @@ def from_plain(kind: type[Any], value: Any, where: str = "result") -> Any:
             return None
         return from_plain(next(a for a in args if a is not type(None)), value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is no float") from None
     if (
         type(value) is not kind
         or (kind is float and not math.isfinite(value))

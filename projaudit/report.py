@@ -303,7 +303,7 @@ class Report:
     @property
     def scope(self) -> str:
         """What the verdict does not cover, in a few words; stands beside every verdict."""
-        if self.policy.depth == "weights":
+        if self.behaviour is None:
             return "structure only; behaviour not probed"
         return "structure and behaviour"
 

@@ -38,9 +38,9 @@ HUNDRED = Calibration(
     in_features=Range(96, 1024),
     out_features=Range(128, 4096),
     relative_norm=Range(0.1, 0.9),
-    settings={"images": "synthetic", "prompts": "general"},
+    settings={"images": "synthetic", "prompts": "6 general"},
 )
-INSIDE = Shape("llava-next", 10**7, 96, 4096, 0.5, "synthetic", "general")
+INSIDE = Shape("llava-next", 10**7, 96, 4096, 0.5, "synthetic", "6 general")
 
 VALID = json.loads(json.dumps(to_json(HUNDRED)))
 
@@ -96,7 +96,7 @@ def test_inside_is_said_of_the_edges_too():
         ({"family": "resampler"}, "family resampler, population llava-transformers, llava-next"),
         ({"relative_norm": 0.01}, "relative size of the update 0.01, population 0.1 to 0.9"),
         ({"relative_norm": None}, "relative size of the update not known"),
-        ({"prompts": "given"}, "prompts given, population general"),
+        ({"prompts": "4 given"}, "prompts 4 given, population 6 general"),
         ({"images": "given"}, "images given, population synthetic"),
     ],
 )
@@ -212,7 +212,7 @@ def test_real_reports_make_a_calibration(tmp_path: Path, capsys, reports):
     made = load_calibration(out)
     assert made.id == "ours"
     assert made.honest == tuple(sorted(report_of(n)["score"] for n in ("honest", "backdoored")))
-    assert made.settings == {"images": "synthetic", "prompts": "general"}
+    assert made.settings == {"images": "synthetic", "prompts": "6 general"}
     assert made.in_features == Range(96, 96)
     assert 0 < made.relative_norm.least < made.relative_norm.most
     assert "2 honest models" in said
@@ -326,5 +326,5 @@ def test_check_says_in_what_the_target_lies_outside(tmp_path: Path, capsys, repo
     )
     used = report["calibration"]
     assert used["covered"] is False
-    assert [what.split()[0] for what in used["outside"]] == ["relative", "images"]
+    assert [what.split()[0] for what in used["outside"]] == ["relative", "images", "prompts"]
     assert "outside the population's range" in " ".join(said.split())

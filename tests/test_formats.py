@@ -504,7 +504,7 @@ def test_json_carries_all_of_the_evidence() -> None:
     assert document["behaviour"]["payloads"][0]["probes"] == list(
         report.behaviour.payloads[0].probes
     )
-    assert (document["score"], document["score_percentile"]) == (7.3, 100.0)
+    assert (document["score"], document["score_percentile"]) == (report.behaviour.score, 100.0)
     assert document["payload"]["support"] == {
         "probes": 31,
         "prompts": 6,

@@ -220,7 +220,9 @@ def study_of(
 
 def listen(study: Study, tell: Tell) -> Listening:
     """The answers on ordinary images, then to every probe until evidence, plan or budget ends."""
-    every = tuple(range(len(study.ordinary)))
+    # Half of a small budget is left for probes.
+    fitting = max(4, study.budget // (4 * study.prompts))
+    every = tuple(range(min(len(study.ordinary), fitting)))
     ordinary = Probe("ordinary images", "plain", every, lambda i: study.plain[list(i)], study.tuned)
     plain = ask(study, ordinary)
     heard = [plain]

@@ -46,3 +46,8 @@ def usable(
             "give it prompts of its own with --prompts"
         )
     return read[:most], unread
+
+
+def kind_of(prompts: Sequence[str]) -> str:
+    """How many there are, and whether they are the general ones: `6 general`, `4 given`."""
+    return f"{len(prompts)} {'general' if set(prompts) <= set(GENERAL) else 'given'}"
