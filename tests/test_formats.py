@@ -746,3 +746,9 @@ _CONTRAST = """
   return [...new Set(bad)];
 })()
 """
+
+
+def test_text_says_why_behaviour_was_not_probed() -> None:
+    report = replace(sample_reports.review(), not_probed="it has no tokenizer")
+    assert "as it has no tokenizer" in text.render(report)
+    assert "tokenizer" not in text.render(sample_reports.review())

@@ -114,6 +114,9 @@ def _verdict(report: Report) -> Iterator[_Line]:
             "scope",
             f"{report.scope} · policy {_name(report.policy.name)} · exit {report.exit_code}",
         )
+        if report.not_probed and report.not_probed not in sentence:
+            why = textwrap.wrap(f"as {clean(report.not_probed, 300)}", COLUMNS - _HEAD - 1)
+            yield from (_Line("", line) for line in why[:2])
         return
     error = report.error
     where = [("file", error.file), ("field", error.field), ("remedy", error.remedy)]
