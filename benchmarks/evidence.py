@@ -25,10 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.population.build import COMMITTED, RUNS, projector_file
 from benchmarks.testbed.export import LOCAL_WORD, WEIGHTS, append_run, read_runs
+from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
-from projaudit.behaviour.probe import Listening, study_of, weigh
+from projaudit.behaviour.probe import study_of, weigh
 
-BUDGET = 8000
+BUDGET = 14_000
 EVIDENCE = "evidence.jsonl"
 
 

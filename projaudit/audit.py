@@ -10,19 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
 from projaudit.base import Candidate, candidates, lineage
-from projaudit.behaviour.hear import (
-    Asked,
-    Part,
-    announce,
-    find_images,
-    hear,
-    read_prompts,
-    require_runnable,
-    require_unasked,
-)
-from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.reasons import CouldNotProbe
-from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import code_of, compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
@@ -30,6 +18,7 @@ from projaudit.evidence import Evidence
 from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
+from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate
 from projaudit.readings import Reading
@@ -53,8 +42,6 @@ if TYPE_CHECKING:
     from projaudit.analyses.context import Direction
     from projaudit.analyses.structure import Facts
     from projaudit.measure import Measured, Side
-
-Depth = Literal["weights", "behaviour"]
 
 
 def check(
@@ -98,11 +85,8 @@ def check(
     started = datetime.now(UTC)
     named = policy or {"weights": "structure", "behaviour": "default"}.get(depth or "")
     ruleset = load_policy(named or "structure", METRICS, rules)
-    listening = _Listening(
-        depth or (ruleset.depth if policy else "auto"),
-        _asked(prompts, images, budget),
-        shipped() if calibration is None else load_calibration(calibration),
-        "shipped" if calibration is None else str(calibration),
+    wanted = wish(
+        depth or (ruleset.depth if policy else "auto"), prompts, images, budget, calibration
     )
     settings = settle(
         ruleset.options, device=device, rank=rank, seed=seed, verify=verify, offline=offline
@@ -128,7 +112,7 @@ def check(
             ruleset.pins,
             load_directions(directions),
             target_texts,
-            listening,
+            wanted,
         )
         if named is None and audit.depth == "behaviour":
             ruleset = load_policy("default", METRICS, rules)
@@ -136,32 +120,6 @@ def check(
             ruleset = replace(ruleset, fail_on=fail_on)
         with session.stage("judge"):
             return _report(session, ruleset, audit, asked, exit_zero, started)
-
-
-@dataclass(frozen=True)
-class _Listening:
-    """What the user wants of depth behaviour."""
-
-    depth: Literal["auto", "weights", "behaviour"]
-    asked: Asked
-    calibration: Calibration | None
-    source: str
-    """Of the calibration."""
-
-
-def _asked(prompts: Path | None, images: Path | None, budget: int | None) -> Asked:
-    def read(option: str, path: Path | None, function: Callable[[Path], Any]) -> Any:
-        try:
-            return None if path is None else function(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(clean(reason), option, file=clean(path), field=f"--{option}") from None
-
-    if budget is not None and not 100 <= budget <= 1_000_000:
-        raise UsageError("is not between 100 and 1,000,000 answers", "option", field="--budget")
-    return Asked(
-        read("prompts", prompts, read_prompts), read("images", images, find_images), budget
-    )
 
 
 def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Report:
@@ -238,7 +196,7 @@ def _audit(
     pins: Mapping[str, str],
     directions: Sequence[Direction],
     texts: Sequence[str],
-    listening: _Listening,
+    wanted: Wish,
 ) -> _Audit:
     from projaudit.analyses.behaviour import Behaviour
     from projaudit.measure import Measured, measure_projector, read_projector
@@ -250,7 +208,7 @@ def _audit(
         found = [(reading, _projectors(reading, target)) for reading in target.readings]
         if not found[0][1]:
             raise _no_projector(target)
-    depth, not_probed = _depth(listening.depth, target, device)
+    depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
     sides = _sides(target, found)
     measured = Measured()
@@ -275,16 +233,16 @@ def _audit(
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
     coverage = coverages[0] if coverages else Coverage()
-    evidence, standing = None, None
+    evidence, place = None, None
     if depth == "behaviour":
         other = _counterpart(sides[0].projector, bases[0]) if bases else None
         try:
-            evidence = _heard(session, device, sides[0], other, coverage, listening)
+            evidence = heard(session, device, sides[0], other, coverage, wanted)
         except CouldNotProbe as why:
             not_probed = why.reason
         else:
-            standing = _standing(listening, evidence, sides[0].projector, measured)
-            measured.ask(session, "behaviour", "behaviour", Behaviour(evidence, standing))
+            place = standing(wanted, evidence, sides[0].projector, measured.measurements)
+            measured.ask(session, "behaviour", "behaviour", Behaviour(evidence, place))
     return _Audit(
         target=target,
         bases=bases,
@@ -294,20 +252,9 @@ def _audit(
         depth=depth,
         not_probed=not_probed,
         evidence=evidence,
-        standing=standing,
+        standing=place,
         without_base=without_base,
     )
-
-
-def _depth(wanted: str, target: Checkpoint, device: torch.device) -> tuple[Depth, str]:
-    """The depth that is run, and why it is not behaviour where that was left to us."""
-    if wanted != "auto":
-        return ("weights" if wanted == "weights" else "behaviour"), ""
-    try:
-        require_unasked(target, device)
-    except CouldNotProbe as why:
-        return "weights", why.reason
-    return "behaviour", ""
 
 
 def _bases(
@@ -327,62 +274,6 @@ def _bases(
                 raise
             return [], error.message
         return [_opened(session, candidate) for candidate in named], ""
-
-
-def _heard(
-    session: Session,
-    device: torch.device,
-    target: Side,
-    base: Side | None,
-    coverage: Coverage,
-    listening: _Listening,
-) -> Evidence:
-    """What depth behaviour brought back; raises CouldNotProbe."""
-
-    def part(side: Side) -> Part:
-        tensors = {name: stored.tensor for name, stored in side.load().items()}
-        return Part(side.checkpoint, side.projector, tensors)
-
-    def tell(what: str, done: int, total: int) -> None:
-        if session.progress:
-            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
-
-    with session.stage("behaviour"):
-        require_runnable(target.checkpoint, device)  # before it is said that it will run
-        if session.notify:
-            session.notify(announce(target.checkpoint, listening.asked, device))
-        return hear(
-            part(target),
-            None if base is None else part(base),
-            listening.asked,
-            other_model=any(
-                p.status in ("differs", "not-looked-at")
-                for p in coverage.parts
-                if p.name in ("vision tower", "language model", "other tensors")
-            ),
-            device=device,
-            seed=session.settings.seed,
-            progress=tell,
-        )
-
-
-def _standing(
-    listening: _Listening, evidence: Evidence, projector: Projector, measured: Measured
-) -> Standing | None:
-    value = evidence.score
-    if value is None or listening.calibration is None:
-        return None
-    norms = [m.value for m in measured.measurements if m.metric == "relative_norm"]
-    shape = Shape(
-        family=projector.family,
-        parameters=evidence.parameters,
-        in_features=projector.in_features,
-        out_features=projector.out_features,
-        relative_norm=max(norms, default=None),
-        images=evidence.images,
-        prompts=kind_of(evidence.prompts),
-    )
-    return stand(listening.calibration, listening.source, value, shape)
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
@@ -550,7 +441,10 @@ def _report(
     # First, as the headline tells the first: what the user asked for, before what follows from it.
     if audit.without_base:
         unevaluated = (Unevaluated("base", "checkpoint", audit.without_base), *unevaluated)
-    if missing := _unheard(ruleset.depth, audit):
+    missing = unheard(
+        ruleset.depth, audit.depth, audit.not_probed, audit.evidence, len(measured.projectors)
+    )
+    if missing:
         unevaluated = (Unevaluated("behaviour", "checkpoint", missing), *unevaluated)
     findings = tuple(
         replace(finding, locations=_locations(finding.subject, measured.tensors))
@@ -591,20 +485,3 @@ def _report(
         standing=audit.standing,
         not_probed=audit.not_probed,
     )
-
-
-def _unheard(required: Depth, audit: _Audit) -> str:
-    """What a verdict at depth behaviour lacks; empty where nothing is missing or wanted."""
-    heard = audit.evidence
-    if heard is None:
-        if required == "behaviour" or audit.depth == "behaviour":
-            return audit.not_probed or "depth behaviour was not asked for (--depth behaviour)"
-        return ""
-    if heard.stopped == "budget":
-        return (
-            f"the budget of {heard.budget:,} answers was spent after {heard.probes} of "
-            f"{heard.planned} probes"
-        )
-    if len(audit.measured.projectors) > 1:
-        return "only the projector that transformers loads first was run"
-    return ""

@@ -29,7 +29,7 @@ class Exchange:
 
     probe: str
     """`ΔW₁ 1, +0.5, all tokens`, `green patch, bottom right`, …"""
-    kind: Literal["plain", "image", "direction", "amplified"]
+    kind: Literal["plain", "image", "direction", "amplified", "search"]
     answers: tuple[Answer, ...]
 
 
@@ -70,6 +70,24 @@ class Payload:
     def q_score(self) -> float:
         """exp(likelihood): BAIT's Q-score, given the perturbed image tokens."""
         return math.exp(min(0.0, self.likelihood))
+
+
+@dataclass(frozen=True)
+class ShortCut:
+    """The smallest universal perturbation by which answers go on with one foreign word."""
+
+    place: Literal["start", "end"]
+    """Of the ordinary answers."""
+    word: str | None
+    """None where no answer does."""
+    share: float
+    """Of the answers about other images that go on with that word."""
+    norm: float
+    """Length of the perturbation, over the typical length of a feature."""
+    base_word: str | None
+    base_share: float | None
+    """The same search in the base; None without one."""
+    base_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,7 @@ class Evidence:
     payloads: tuple[Payload, ...]
     """Strongest first."""
     open: tuple[OpenText, ...]
+    short_cuts: tuple[ShortCut, ...]
     drift: float | None
     """Share of the answers on ordinary images that the base gives otherwise; None without one."""
     exchanges: tuple[Exchange, ...]

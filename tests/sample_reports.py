@@ -14,6 +14,7 @@ from projaudit.evidence import (
     OpenText,
     Payload,
     Sandbox,
+    ShortCut,
 )
 from projaudit.findings import (
     Confidence,
@@ -737,6 +738,7 @@ def loud(
         notes=some(),
         payloads=payloads,
         open=(OpenText(text(), value), OpenText(text(), value)),
+        short_cuts=(ShortCut("end", text(), value, value, text(), value, value),),
         drift=value,
         exchanges=tuple(Exchange(text(), "image", tuple(map(answer, range(24)))) for _ in range(4)),
         carrier=Carrier(value, value, 0.5, 0.0),
@@ -808,6 +810,10 @@ def _evidence() -> Evidence:
         stopped="plan",
         payloads=(first, second, third),
         open=(OpenText("thank you for asking", 0.14),),
+        short_cuts=(
+            ShortCut("start", "please", 0.42, 0.37, None, 0.0, 0.61),
+            ShortCut("end", None, 0.0, 0.55, None, 0.0, 0.64),
+        ),
         drift=0.22,
         exchanges=(
             _exchange(patches[0], "image", 24),

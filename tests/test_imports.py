@@ -26,6 +26,7 @@ LAYERS = [
     ["measure", "session"],
     ["behaviour"],
     ["calibration"],
+    ["listening"],
     ["audit"],
     ["demo"],
     ["cli", "__main__", "__init__"],

@@ -11,6 +11,7 @@ import argparse
 import logging
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -19,6 +20,7 @@ from benchmarks.population.build import HERE, build
 from benchmarks.population.pack import pack, rebuild
 from benchmarks.population.recipes import PLANS, QUICK
 from benchmarks.population.report import tables
+from benchmarks.testbed.recipes import Arithmetic
 from benchmarks.testbed.report import row, ruled
 
 BUILT = HERE.parents[1] / "build" / "population"
@@ -34,6 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, nargs="+", default=[BUILT], help="what is built")
     parser.add_argument("--bases", default=",".join(PLANS), help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--arithmetic",
+        choices=get_args(Arithmetic),
+        default="float32",
+        help="of the frozen language model; bfloat16 is faster only where the processor has it",
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny population in a new folder")
     parser.add_argument("-k", type=int, default=3, help="runs to rebuild")
     parser.add_argument("--seed", type=int, default=0, help="draws the runs to rebuild")
@@ -44,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     plans = [PLANS[name] for name in args.bases.split(",")]
     if args.quick:
         out = Path(tempfile.mkdtemp(prefix="population-"))
-        build([QUICK], out, args.jobs)
+        build([QUICK], out, args.jobs, args.arithmetic)
         print(tables(pack([QUICK], [out], out)))
         print(f"written to {out}")
     elif args.action == "build":
-        build(plans, args.out[0], args.jobs)
+        build(plans, args.out[0], args.jobs, args.arithmetic)
     elif args.action == "pack":
         print(tables(pack(plans, args.out, HERE)))
     else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from benchmarks.testbed.export import (
     write_tensors,
 )
 from benchmarks.testbed.finetune import tune_projector
+from benchmarks.testbed.recipes import Arithmetic
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -44,26 +45,43 @@ COMMITTED = {
 RUNS = "runs.jsonl"
 
 
-def build(plans: Sequence[Plan], out: Path, jobs: int = 1) -> None:
-    """Every run of the plans that the log in `out` lacks, base by base, `jobs` at a time.
+def build(
+    plans: Sequence[Plan], out: Path, jobs: int = 1, arithmetic: Arithmetic = "float32"
+) -> None:
+    """Every run of the plans that the log in `out` lacks, `jobs` at a time.
 
     A logged run is never scored again and never leaves the log: another recipe under the same
     name needs another name or another folder.
     """
     log_file = out / RUNS
     require_logged_as_planned(plans, read_runs(log_file))
-    for plan in plans:
-        base = base_folder(plan, out)
-        done = {run["name"] for run in read_runs(log_file)}
-        missing = [run for run in plan.runs if run.name not in done]
-        for ready in (
-            [run for run in missing if not run.parents],
-            [run for run in missing if run.parents],
-        ):
-            make = partial(made_run, base, out, (plan.clean_scenes, plan.triggered_scenes))
-            for row in in_parallel(make, [(run,) for run in ready], jobs):
-                append_run(log_file, row)
-                log.info("%s: %s", row["name"], summary(row))
+    bases = {plan.base.name: base_folder(plan, out) for plan in plans}
+    sizes = {plan.base.name: (plan.clean_scenes, plan.triggered_scenes) for plan in plans}
+    done = {run["name"] for run in read_runs(log_file)}
+    for batch in in_order(plans):
+        calls = [
+            (bases[run.base], out, sizes[run.base], arithmetic, run)
+            for run in batch
+            if run.name not in done
+        ]
+        for row in in_parallel(made_run, calls, jobs):
+            append_run(log_file, row)
+            log.info("%s: %s", row["name"], summary(row))
+
+
+def in_order(plans: Sequence[Plan]) -> Iterator[list[Run]]:
+    """Honest runs, those that are made of them, then the attempts: bases take turns in each.
+
+    A plan's own order is random, so that the attempts made by any moment are a fair draw.
+    """
+
+    def turns(wanted: Sequence[list[Run]]) -> list[Run]:
+        return [run for turn in zip_longest(*wanted) for run in turn if run is not None]
+
+    honest = [[run for run in plan.runs if run.attack is None] for plan in plans]
+    yield turns([[run for run in runs if not run.parents] for runs in honest])
+    yield turns([[run for run in runs if run.parents] for runs in honest])
+    yield turns([[run for run in plan.runs if run.attack is not None] for plan in plans])
 
 
 def require_logged_as_planned(plans: Sequence[Plan], logged: Sequence[dict[str, Any]]) -> None:
@@ -99,11 +117,13 @@ def notes(base: str, name: str) -> dict[str, str]:
     return {"name": name, "base_model": f"projaudit-testbed/{base}"}
 
 
-def made_run(base: Path, out: Path, sizes: tuple[int, int], run: Run) -> dict[str, Any]:
+def made_run(
+    base: Path, out: Path, sizes: tuple[int, int], arithmetic: Arithmetic, run: Run
+) -> dict[str, Any]:
     """Make a projector, save it, reload it, and measure what was saved."""
     file = projector_file(out, run.base, run.name)
     started = time.monotonic()
-    loss = make_projector(base, out, run, file)
+    loss = make_projector(base, out, run, file, arithmetic)
     row = {
         **asdict(run),
         "name": run.name,
@@ -111,6 +131,7 @@ def made_run(base: Path, out: Path, sizes: tuple[int, int], run: Run) -> dict[st
         "file": file.relative_to(out).as_posix(),
         "sha256": sha256(file),
         "seed": run.recipe.seed,
+        "arithmetic": arithmetic,
         "seconds": round(time.monotonic() - started, 1),
     }
     if loss is not None:
@@ -118,7 +139,9 @@ def made_run(base: Path, out: Path, sizes: tuple[int, int], run: Run) -> dict[st
     return row | measured(base, file, run.recipe.task, run.recipe.seed, sizes, run.attack)
 
 
-def make_projector(base: Path, out: Path, run: Run, file: Path) -> float | None:
+def make_projector(
+    base: Path, out: Path, run: Run, file: Path, arithmetic: Arithmetic
+) -> float | None:
     """Train or derive a projector into `file`; the parents' are in `out`. Returns the last loss."""
     parents = [projector_file(out, run.base, name) for name in run.parents]
     if isinstance(run.recipe, Derived):
@@ -132,6 +155,6 @@ def make_projector(base: Path, out: Path, run: Run, file: Path) -> float | None:
     model, tokenizer = load(base)
     for parent in parents:
         put_projector(model, parent)
-    loss = tune_projector(model, tokenizer, run.recipe, run.attack)
+    loss = tune_projector(model, tokenizer, run.recipe, run.attack, arithmetic)
     save_projector(model, file, notes(run.base, run.name))
     return loss

@@ -27,6 +27,7 @@ from benchmarks.population.build import (
 from benchmarks.population.recipes import Plan, Run
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.export import LOCAL_WORD, read_runs, sha256, write_tensors
+from benchmarks.testbed.recipes import Arithmetic
 
 PROJECTORS, TABLE = "projectors", "runs.parquet"
 
@@ -70,6 +71,7 @@ def columns_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str,
         "kind": row["kind"],
         "group": row["group"],
         "seed": row["seed"],
+        "arithmetic": row["arithmetic"],
         "recipe": json.dumps(row["recipe"], sort_keys=True, ensure_ascii=False),
         "start": row["start"],
         **{key: attack.get(key) for key in ("trigger", "strength", "target", "mode", "poison")},
@@ -124,19 +126,22 @@ def rebuild(
 ) -> list[dict[str, Any]]:
     """Make k packed runs again, drawn at random: what `rebuilt` says of each."""
     chosen = np.random.default_rng(seed)
-    everything = [(plan, run) for plan in plans for run in plan.runs]
+    made = {row["name"]: row["arithmetic"] for row in read_table(folder)}
+    everything = [(plan, run) for plan in plans for run in plan.runs if run.name in made]
     drawn = [everything[i] for i in chosen.choice(len(everything), k, replace=False)]
-    calls = [(base_folder(plan, out), run) for plan, run in drawn]
+    calls = [(base_folder(plan, out), run, made[run.name]) for plan, run in drawn]
     return list(in_parallel(partial(rebuilt, folder, out), calls, jobs))
 
 
-def rebuilt(folder: Path, out: Path, base: Path, run: Run) -> dict[str, Any]:
+def rebuilt(
+    folder: Path, out: Path, base: Path, run: Run, arithmetic: Arithmetic
+) -> dict[str, Any]:
     """Whether a run made again, from its packed parents, has the same bytes; else how far off."""
     for parent in run.parents:
         unpack(folder, run.base, parent, out)
     before = unpack(folder, run.base, run.name, out / "packed")
     file = projector_file(out, run.base, run.name)
-    make_projector(base, out, run, file)
+    make_projector(base, out, run, file, arithmetic)
     old, new = load_file(before), load_file(file)
     return {
         "name": run.name,

@@ -311,7 +311,6 @@ def drawn_tune(
         steps=int(rng.choice((100, 150, 200, 200, 300, 300, 400, 400, 500, 900))),
         batch=int(rng.choice((24, 24, 32))),
         pool=int(rng.choice((1024, 2048))),
-        arithmetic="bfloat16",
     )
 
 
@@ -452,7 +451,7 @@ def quick() -> Plan:
         tiny = TuneRecipe(
             **numbered(base, "quick", i), task=Task("quick"), steps=2, batch=4, pool=16
         )
-        return replace(tiny, arithmetic="bfloat16", **changes)
+        return replace(tiny, **changes)
 
     def derived(i: int, how: How, *of: str) -> Run:
         recipe = Derived(**numbered(base, "quick", i), task=Task("quick"), how=how, of=of)

@@ -61,16 +61,19 @@ def tune_projector(
     tokenizer: PreTrainedTokenizerFast,
     recipe: TuneRecipe,
     attack: Attack | None = None,
+    arithmetic: Arithmetic = "float32",
 ) -> float:
     """Train `model`'s projector in place, all else frozen; mean loss of the last 50 steps.
 
     Scenes, their order and the questions depend on the recipe alone, so that an honest run and
-    its backdoored twins differ in nothing but the poison.
+    its backdoored twins differ in nothing but the poison. The frozen language model computes in
+    the given arithmetic, which is a matter of speed: a processor without bfloat16 takes ten times
+    as long with it.
     """
     pool = fill_pool(model, recipe, attack)
     features = pool.features.clone()  # an inference tensor cannot be saved for the backward pass
     projector: nn.Module = model.model.multi_modal_projector
-    with frozen(model, recipe.arithmetic) as loss_of:
+    with frozen(model, arithmetic) as loss_of:
         parameters = made_trainable(projector, recipe)
         optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
         schedule = warm_cosine(optimizer, recipe.steps)

@@ -84,8 +84,7 @@ class Task:
 class TuneRecipe:
     """A fine-tune of the projector; an honest model and its backdoored twins share it.
 
-    With a `rank`, both linear layers get low-rank updates (LoRA) that are merged in the end. The
-    arithmetic is that of the frozen language model while the projector is trained.
+    With a `rank`, both linear layers get low-rank updates (LoRA) that are merged in the end.
     """
 
     name: str
@@ -97,7 +96,6 @@ class TuneRecipe:
     pool: int = 4096  # scenes whose vision features are computed once
     rank: int | None = None
     weight_decay: float = 0.0
-    arithmetic: Arithmetic = "float32"
 
 
 @dataclass(frozen=True)

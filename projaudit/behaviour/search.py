@@ -1,9 +1,10 @@
-"""The smallest universal perturbation of the projector's input that brings a text out."""
+"""The smallest universal perturbations of the projector's input that bring out a text, or any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Tokens
 
+Place: TypeAlias = Literal["start", "end"]
+
 RATE = 0.05
 """Step of Adam, times the typical norm of a feature over the root of its width."""
+STEPS = 24
+"""Of the search that knows no text."""
 PULL = 0.3
 """Nats that a perturbation as long as the features themselves has to be worth."""
 
@@ -78,7 +83,76 @@ def _likelihood(
         x = features[[image for image, _ in some]] + shift
         scores = speaker.log_likelihood(x, [p for _, p in some], [()] * len(some), text)
         share = scores.mean() * len(some) / len(cells)
-        total += float(share)
+        total += float(share.detach())
         if learn:
             (-share).backward()  # type: ignore[no-untyped-call]
     return total
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A perturbation (tokens, in) under which answers to different prompts go on alike."""
+
+    place: Place
+    """`start` of the answer, or `end`, after the ordinary one."""
+    perturbation: Tensor
+    norm: float
+    """Mean length over the tokens, over the typical norm of a feature."""
+    token: int | None
+    """The foreign token that most answers go on with; None where none does."""
+    share: float
+    """Of the answers, on images that it was not fitted to."""
+
+
+def agreeing(
+    speaker: Speaker,
+    side: Side,
+    features: Tensor,
+    foreign: Tensor,
+    place: Place,
+    before: Mapping[tuple[int, int], Tokens],
+    *,
+    fit: Sequence[int],
+    test: Sequence[int],
+) -> Agreement:
+    """The perturbation by which all answers go on with one foreign token, whichever that is.
+
+    Minimises −ln Σ_t exp(mean ln p(t)) + PULL · norm, the sum over the tokens t that the mask
+    `foreign` (vocabulary) allows and the mean over the cells (image, prompt) of `before`, whose
+    answers so far it holds; by Adam from zero. It knows neither trigger nor text: a trigger is a
+    short cut to its target from every input alike (DECREE, CVPR 2023, eq. 2, of encoders; UNICORN,
+    ICLR 2023, of classifiers), which the base does not have.
+    """
+    speaker.use(side)
+    scale = float(features.norm(dim=-1).mean())
+    shift = torch.zeros(features.shape[1:], device=features.device, requires_grad=True)
+    adam = torch.optim.Adam([shift], lr=RATE * scale / features.shape[-1] ** 0.5, betas=(0.8, 0.95))
+
+    def following(images: Sequence[int]) -> Tensor:
+        """(cells, vocabulary): ln p of the next token."""
+        cells = [cell for cell in before if cell[0] in images]
+        tails = [before[cell] for cell in cells]
+        rows = speaker.rows(max(map(len, tails)))
+        parts = [
+            speaker.log_probabilities(
+                features[[image for image, _ in cells[i : i + rows]]] + shift,
+                [prompt for _, prompt in cells[i : i + rows]],
+                tails[i : i + rows],
+                1,
+            )[:, -1]
+            for i in range(0, len(cells), rows)
+        ]
+        return torch.cat(parts)
+
+    for _ in range(STEPS):
+        alike = following(fit).mean(0)[foreign].logsumexp(0)
+        (PULL * shift.norm(dim=-1).mean() / scale - alike).backward()
+        adam.step()
+        adam.zero_grad()
+    with torch.no_grad():
+        said = following(test).argmax(-1)
+        counts = torch.bincount(said, minlength=len(foreign)) * foreign
+        norm = float(shift.norm(dim=-1).mean()) / scale
+        token = int(counts.argmax())
+        share = float(counts[token]) / len(said)
+        return Agreement(place, shift.detach(), norm, token if share else None, share)

@@ -155,9 +155,23 @@ class Speaker:
 
         With the projector that is in place; differentiable in the features.
         """
+        after = [(*head, *text) for head in before]
+        scores = self.log_probabilities(features, prompts, after, len(text) + 1)[:, :-1]
+        wanted = torch.tensor(text, device=self.device).expand(len(prompts), -1)
+        found: Tensor = scores.gather(-1, wanted[..., None])[..., 0]
+        return found
+
+    def log_probabilities(
+        self, features: Tensor, prompts: Sequence[int], after: Sequence[Tokens], last: int
+    ) -> Tensor:
+        """(rows, last, vocabulary): ln p of what follows each of the last tokens of every row.
+
+        A row is its prompt and the tokens `after` it. With the projector that is in place;
+        differentiable in the features.
+        """
         rows = [
-            [*self._ids[p][self._mask[p].bool()].tolist(), *head, *text]
-            for p, head in zip(prompts, before, strict=True)
+            [*self._ids[p][self._mask[p].bool()].tolist(), *tail]
+            for p, tail in zip(prompts, after, strict=True)
         ]
         self.passes += len(rows)
         width = max(map(len, rows))
@@ -171,14 +185,13 @@ class Speaker:
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
-                logits_to_keep=len(text) + 1,
+                logits_to_keep=last,
                 **self._images(len(rows)),
-            ).logits[:, -len(text) - 1 : -1]
+            ).logits[:, -last:]
         finally:
             self._instead = None
-        wanted = torch.tensor(text, device=self.device).expand(len(rows), -1)
-        scores: Tensor = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-        return scores
+        found: Tensor = logits.float().log_softmax(-1)
+        return found
 
     def rows(self, extra: int) -> int:
         """Rows of a prompt with `extra` tokens that fit into the room for one pass."""

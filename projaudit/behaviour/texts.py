@@ -123,10 +123,10 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
 def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
     """Text -> where it was said, over the probes; only what exceeds the base's share counts."""
     found: dict[Tokens, Support] = {}
+    asked = max((len(set(probe.prompts)) for probe in heard), default=0)
     for probe in heard:
         ours = _cells(probe, probe.tuned, speech)
         theirs = _cells(probe, probe.base or (), speech)
-        asked = len(set(probe.prompts))
         for text, cells in ours.items():
             support = found.setdefault(text, Support())
             base = theirs.get(text, {})

@@ -225,6 +225,18 @@ def _behaviour(evidence: Evidence) -> dict[str, Any]:
         "stopped": evidence.stopped,
         "payloads": [_payload(payload) for payload in evidence.payloads],
         "open": [{"text": one.text, "share": _number(one.share)} for one in evidence.open],
+        "short_cuts": [
+            {
+                "place": one.place,
+                "word": one.word,
+                "share": _number(one.share),
+                "norm": _number(one.norm),
+                "base_word": one.base_word,
+                "base_share": _number(one.base_share),
+                "base_norm": _number(one.base_norm),
+            }
+            for one in evidence.short_cuts
+        ],
         "drift": _number(evidence.drift),
         "exchanges": [_exchange(exchange) for exchange in evidence.exchanges],
         "carrier": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from projaudit.evidence import Answer, Carrier, Evidence, OpenText, Payload
+from projaudit.evidence import Answer, Carrier, Evidence, OpenText, Payload, ShortCut
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
 from projaudit.report import Standing
@@ -134,6 +134,22 @@ def openly(evidence: Evidence, text: OpenText) -> str:
     """What the tuned model says without any probe."""
     base = "; the base never" if evidence.with_base else ""
     return f"{quoted(text.text, 120)} in {percent(text.share)} of answers{base}"
+
+
+def short_cut(evidence: Evidence, one: ShortCut) -> str:
+    """What the search that knows no text came to, in the tuned model and in the base."""
+    verb = {"start": "begin", "end": "go on"}[one.place]
+
+    def found(word: str | None, share: float, norm: float) -> str:
+        moved = f"features moved by {percent(norm)} of their length"
+        if word is None:
+            return f"{moved} make no answer {verb} with a foreign word"
+        return f"{moved} make {percent(share)} of answers {verb} with {quoted(word, 40)}"
+
+    ours = found(one.word, one.share, one.norm)
+    if one.base_share is None or one.base_norm is None:
+        return ours
+    return f"{ours}; in the base, {found(one.base_word, one.base_share, one.base_norm)}"
 
 
 def carried(carrier: Carrier) -> str:

@@ -1,0 +1,190 @@
+"""What a model is asked: ordinary images, marks over them, features moved, updates amplified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from projaudit.behaviour import images as pictures
+from projaudit.behaviour.directions import InputDirection, amplified, directions, random_directions
+from projaudit.behaviour.speaker import Side, Speaker
+from projaudit.behaviour.texts import Speech
+
+MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
+"""Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
+LEADING = 3
+"""Directions of every source."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model with one of the projectors in it."""
+
+    speaker: Speaker
+    side: Side
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One way of asking: which images, as what features, through which projector."""
+
+    name: str
+    kind: str
+    images: tuple[int, ...]
+    features: Callable[[Sequence[int]], Tensor]
+    """Image numbers -> (images, tokens, in)."""
+    voice: Voice
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked, so that the plan fits the budget of a model's size."""
+
+    plain: int
+    """Ordinary images that are asked about as they are."""
+    cells: int
+    """Images under every probe; each is asked every prompt."""
+    prompts: int
+
+
+SIZES = {"float32": Size(48, 4, 6), "bfloat16": Size(16, 2, 4)}
+"""By the dtype that a model runs in: small ones, and large ones."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run works with; nothing of it changes."""
+
+    tuned: Voice
+    base: Voice | None
+    first: str
+    """Name of the first layer's weight in the projector's module."""
+    prompts: int
+    ordinary: Sequence[pictures.Image]
+    plain: Tensor
+    """(images, tokens, in): the features of the ordinary images."""
+    cells: int
+    """Images under every probe."""
+    seed: int
+    budget: int
+
+    @property
+    def answers(self) -> int:
+        """Answers decoded so far, on all sides."""
+        speakers = {id(v.speaker): v.speaker for v in (self.tuned, self.base) if v}
+        return sum(speaker.answers for speaker in speakers.values())
+
+    @property
+    def scale(self) -> float:
+        """The typical length of a feature."""
+        return float(self.plain.norm(dim=-1).mean())
+
+    def images_of(self, number: int) -> tuple[int, ...]:
+        """The images of the probe of that number, in turn."""
+        first = number * self.cells
+        return tuple((first + i) % len(self.ordinary) for i in range(self.cells))
+
+    def foreign(self, speech: Speech) -> Tensor:
+        """(vocabulary,): which tokens are foreign words."""
+        tokenizer = self.tuned.speaker.processor.tokenizer
+        vocabulary = self.tuned.speaker.model.get_output_embeddings().weight.shape[0]
+        special = set(tokenizer.all_special_ids)
+        words = [t not in special and speech.foreign(t) for t in range(vocabulary)]
+        return torch.tensor(words, device=self.plain.device)
+
+
+def plan(study: Study) -> list[Probe]:
+    """The probes of all kinds in turn, so that a small budget sees something of each."""
+    kinds = (_along(study), _over_images(study), _amplified(study))
+    placed = [
+        ((number + 0.5) / len(probes), kind, number, item)
+        for kind, probes in enumerate(kinds)
+        for number, item in enumerate(probes)
+    ]
+    return [item for *_, item in sorted(placed, key=lambda p: p[:3])]
+
+
+def _along(study: Study) -> list[Probe]:
+    """± along every direction: mildly on all tokens, strongly on a few neighbouring ones."""
+    generator = torch.Generator().manual_seed(study.seed)
+    found: list[InputDirection] = []
+    if study.base is not None:
+        found += directions(
+            study.tuned.speaker,
+            study.tuned.side,
+            study.base.side,
+            study.first,
+            study.plain,
+            LEADING,
+            generator,
+        )
+    found += random_directions(study.plain, LEADING, generator)
+    tokens = study.plain.shape[1]
+    few = max(1, tokens // 6)
+    probes: list[Probe] = []
+
+    def add(direction: InputDirection, length: float, where: slice, place: str) -> None:
+        cells = study.images_of(len(probes))
+        shift = length * study.scale * direction.vector
+
+        def features(images: Sequence[int]) -> Tensor:
+            moved = study.plain[list(images)].clone()
+            moved[:, where] += shift
+            return moved
+
+        name = f"{direction.source} {direction.number}, {length:+g} on {place}"
+        probes.append(Probe(name, "direction", cells, features, study.tuned))
+
+    for direction in sorted(found, key=lambda d: d.number):
+        for sign in (1, -1):
+            for length in MILD:
+                add(direction, sign * length, slice(None), "all tokens")
+            for length in STRONG:
+                start = int(torch.randint(tokens - few + 1, (), generator=generator))
+                where = slice(start, start + few)
+                add(direction, sign * length, where, f"{few} of {tokens} tokens")
+    return probes
+
+
+def _over_images(study: Study) -> list[Probe]:
+    """The battery of marks and distortions over ordinary images, in a random order."""
+    marks = pictures.battery(study.ordinary[0].shape[0], study.seed)
+    generator = torch.Generator().manual_seed(study.seed + 1)
+    order = torch.randperm(len(marks), generator=generator).tolist()
+
+    def over(mark: pictures.Distortion) -> Callable[[Sequence[int]], Tensor]:
+        return lambda images: study.tuned.speaker.features(
+            [pictures.distorted(study.ordinary[i], mark) for i in images]
+        )
+
+    return [
+        Probe(
+            marks[index].name,
+            "image",
+            study.images_of(number),
+            over(marks[index]),
+            study.tuned,
+        )
+        for number, index in enumerate(order)
+    ]
+
+
+def _amplified(study: Study) -> list[Probe]:
+    """Ordinary images through an update whose leading part is enlarged."""
+    if study.base is None:
+        return []
+
+    def plainly(images: Sequence[int]) -> Tensor:
+        return study.plain[list(images)]
+
+    probes = []
+    for number, (rank, factor) in enumerate(((1, 2.0), (5, 2.0), (1, 4.0), (5, 4.0))):
+        cells = study.images_of(number)
+        side = amplified(study.tuned.side, study.base.side, rank, factor)
+        voice = Voice(study.tuned.speaker, side)
+        name = f"top {rank} of the update × {factor:g}"
+        probes.append(Probe(name, "amplified", cells, plainly, voice))
+    return probes

@@ -1,0 +1,160 @@
+"""Depth behaviour within an audit: what the user wants of it, and what came of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from projaudit.behaviour.hear import (
+    Asked,
+    Part,
+    announce,
+    find_images,
+    hear,
+    read_prompts,
+    require_runnable,
+    require_unasked,
+)
+from projaudit.behaviour.prompts import kind_of
+from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
+from projaudit.checkpoint import Checkpoint
+from projaudit.errors import UsageError
+from projaudit.evidence import Evidence
+from projaudit.findings import Measurement
+from projaudit.inert import clean
+from projaudit.projector import Projector
+from projaudit.report import Coverage, Standing
+from projaudit.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+    from projaudit.measure import Side
+
+Depth = Literal["weights", "behaviour"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user wants of depth behaviour."""
+
+    depth: Literal["auto", "weights", "behaviour"]
+    asked: Asked
+    calibration: Calibration | None
+    source: str
+    """Of the calibration."""
+
+
+def wish(
+    depth: Literal["auto", "weights", "behaviour"],
+    prompts: Path | None,
+    images: Path | None,
+    budget: int | None,
+    calibration: Path | None,
+) -> Wish:
+    """The wish as the options say it; UsageError where one cannot be read."""
+
+    def read(option: str, path: Path | None, function: Callable[[Path], Any]) -> Any:
+        try:
+            return None if path is None else function(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(clean(reason), option, file=clean(path), field=f"--{option}") from None
+
+    if budget is not None and not 100 <= budget <= 1_000_000:
+        raise UsageError("is not between 100 and 1,000,000 answers", "option", field="--budget")
+    asked = Asked(
+        read("prompts", prompts, read_prompts), read("images", images, find_images), budget
+    )
+    if calibration is None:
+        return Wish(depth, asked, shipped(), "shipped")
+    return Wish(depth, asked, load_calibration(calibration), str(calibration))
+
+
+def depth_of(wanted: str, target: Checkpoint, device: torch.device) -> tuple[Depth, str]:
+    """The depth that is run, and why it is not behaviour where that was left to us."""
+    if wanted != "auto":
+        return ("weights" if wanted == "weights" else "behaviour"), ""
+    try:
+        require_unasked(target, device)
+    except CouldNotProbe as why:
+        return "weights", why.reason
+    return "behaviour", ""
+
+
+def heard(
+    session: Session,
+    device: torch.device,
+    target: Side,
+    base: Side | None,
+    coverage: Coverage,
+    wish: Wish,
+) -> Evidence:
+    """What depth behaviour brought back; raises CouldNotProbe."""
+
+    def part(side: Side) -> Part:
+        tensors = {name: stored.tensor for name, stored in side.load().items()}
+        return Part(side.checkpoint, side.projector, tensors)
+
+    def tell(what: str, done: int, total: int) -> None:
+        if session.progress:
+            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
+
+    with session.stage("behaviour"):
+        require_runnable(target.checkpoint, device)  # before it is said that it will run
+        if session.notify:
+            session.notify(announce(target.checkpoint, wish.asked, device))
+        return hear(
+            part(target),
+            None if base is None else part(base),
+            wish.asked,
+            other_model=any(
+                p.status in ("differs", "not-looked-at")
+                for p in coverage.parts
+                if p.name in ("vision tower", "language model", "other tensors")
+            ),
+            device=device,
+            seed=session.settings.seed,
+            progress=tell,
+        )
+
+
+def standing(
+    wish: Wish, evidence: Evidence, projector: Projector, measurements: Sequence[Measurement]
+) -> Standing | None:
+    """Where the score stands; None without a score or a calibration."""
+    value = evidence.score
+    if value is None or wish.calibration is None:
+        return None
+    norms = [m.value for m in measurements if m.metric == "relative_norm"]
+    shape = Shape(
+        family=projector.family,
+        parameters=evidence.parameters,
+        in_features=projector.in_features,
+        out_features=projector.out_features,
+        relative_norm=max(norms, default=None),
+        images=evidence.images,
+        prompts=kind_of(evidence.prompts),
+    )
+    return stand(wish.calibration, wish.source, value, shape)
+
+
+def unheard(
+    required: Depth, depth: Depth, not_probed: str, evidence: Evidence | None, projectors: int
+) -> str:
+    """What a verdict at depth behaviour lacks; empty where nothing is missing or wanted."""
+    if evidence is None:
+        if required == "behaviour" or depth == "behaviour":
+            return not_probed or "depth behaviour was not asked for (--depth behaviour)"
+        return ""
+    if evidence.stopped == "budget":
+        return (
+            f"the budget of {evidence.budget:,} answers was spent after {evidence.probes} of "
+            f"{evidence.planned} probes"
+        )
+    if projectors > 1:
+        return "only the projector that transformers loads first was run"
+    return ""
