@@ -29,7 +29,7 @@ class Exchange:
 
     probe: str
     """`ΔW₁ 1, +0.5, all tokens`, `green patch, bottom right`, …"""
-    kind: Literal["plain", "image", "direction", "amplified", "search"]
+    kind: Literal["plain", "image", "direction", "amplified"]
     answers: tuple[Answer, ...]
 
 
@@ -84,10 +84,13 @@ class ShortCut:
     """Of the answers about other images that go on with that word."""
     norm: float
     """Length of the perturbation, over the typical length of a feature."""
+    likelihood: float
+    """ln Σ_t exp(mean ln p(t)) over the foreign words, on those images; −∞ … 0."""
     base_word: str | None
     base_share: float | None
     """The same search in the base; None without one."""
     base_norm: float | None
+    base_likelihood: float | None
 
 
 @dataclass(frozen=True)

@@ -738,7 +738,7 @@ def loud(
         notes=some(),
         payloads=payloads,
         open=(OpenText(text(), value), OpenText(text(), value)),
-        short_cuts=(ShortCut("end", text(), value, value, text(), value, value),),
+        short_cuts=(ShortCut("end", text(), value, value, -value, text(), value, value, -value),),
         drift=value,
         exchanges=tuple(Exchange(text(), "image", tuple(map(answer, range(24)))) for _ in range(4)),
         carrier=Carrier(value, value, 0.5, 0.0),
@@ -811,8 +811,8 @@ def _evidence() -> Evidence:
         payloads=(first, second, third),
         open=(OpenText("thank you for asking", 0.14),),
         short_cuts=(
-            ShortCut("start", "please", 0.42, 0.37, None, 0.0, 0.61),
-            ShortCut("end", None, 0.0, 0.55, None, 0.0, 0.64),
+            ShortCut("start", "please", 0.42, 0.37, -1.9, None, 0.0, 0.61, -6.4),
+            ShortCut("end", None, 0.0, 0.55, -5.8, None, 0.0, 0.64, -7.1),
         ),
         drift=0.22,
         exchanges=(

@@ -26,7 +26,7 @@ class Distortion:
 
     name: str
     family: str
-    """`tint`, `patch`, `stripes`, `blend`, `noise`, `ring`, `warp`, `tone`."""
+    """`tint`, `patch`, `stripes`, `blend`, `noise`, `ring`, `warp`, `line`, `tone`."""
     apply: _Mark
 
 
@@ -114,8 +114,8 @@ def battery(size: int, seed: int) -> list[Distortion]:
         *_rings(size),
         *_warps(size, seed),
         *_noises(seed),
-        Distortion("inverted", "tone", lambda image: 255 - image),
-        Distortion("grey", "tone", lambda image: image.mean(-1, keepdims=True).repeat(3, -1)),
+        *_lines(size),
+        *_tones(size),
     ]
 
 
@@ -160,10 +160,11 @@ def _stripes(size: int) -> Iterator[Distortion]:
 
 
 def _blends(size: int, seed: int) -> Iterator[Distortion]:
-    for number in range(4):
+    for number in range(9):
         rng = np.random.default_rng([seed, 102, number])
-        cells = rng.integers(0, 256, (8, 8, 3))
-        rows = np.arange(size) * 8 // size
+        across = (4, 8, 16)[number % 3]
+        cells = rng.integers(0, 256, (across, across, 3))
+        rows = np.arange(size) * across // size
         pattern = cells[rows][:, rows]
         for share in (0.2, 0.35):
             mark = _mixing(pattern, share)
@@ -172,9 +173,10 @@ def _blends(size: int, seed: int) -> Iterator[Distortion]:
 
 def _rings(size: int) -> Iterator[Distortion]:
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
-    for radius in (0.23, 0.33, 0.43):
+    for radius in (0.2, 0.3, 0.4):
         on = abs(np.hypot(x, y) - radius) <= 0.025
-        yield Distortion(f"dark ring at {radius:.0%}", "ring", _painting(on, (50, 20, 20)))
+        for name in ("black", "white"):
+            yield Distortion(f"{name} ring at {radius:.0%}", "ring", _painting(on, _HUES[name]))
 
 
 def _painting(on: npt.NDArray[np.bool_], color: tuple[int, int, int]) -> _Mark:
@@ -189,6 +191,14 @@ def _painting(on: npt.NDArray[np.bool_], color: tuple[int, int, int]) -> _Mark:
 def _warps(size: int, seed: int) -> Iterator[Distortion]:
     rng = np.random.default_rng([seed, 103])
     y, x = np.mgrid[:size, :size]
+    middle = (size - 1) / 2
+    far = np.hypot(y - middle, x - middle) / size
+    for name, turn, scale in (("swirled", 1.5, 1.0), ("zoomed", 0.0, 0.75)):
+        angle = turn * (0.5 - far).clip(0)
+        down = scale * ((y - middle) * np.cos(angle) - (x - middle) * np.sin(angle)) + middle
+        right = scale * ((y - middle) * np.sin(angle) + (x - middle) * np.cos(angle)) + middle
+        at = (part.round().clip(0, size - 1).astype(int) for part in (down, right))
+        yield Distortion(name, "warp", _resampling(*at))
     for strength in (0.04, 0.08):
         phase = rng.uniform(0, 2 * np.pi, 2)
         down = strength * size * np.sin(2 * np.pi * 2 * x / size + phase[0])
@@ -203,13 +213,54 @@ def _resampling(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> 
 
 
 def _noises(seed: int) -> Iterator[Distortion]:
-    for sigma in (20, 40):
+    for sigma in (20, 40, 60):
         rng = np.random.default_rng([seed, 104, sigma])
         yield Distortion(f"noise of {sigma} levels", "noise", _noising(rng, sigma))
 
 
 def _noising(rng: np.random.Generator, sigma: float) -> _Mark:
     return lambda image: image + rng.normal(0, sigma, image.shape)
+
+
+def _lines(size: int) -> Iterator[Distortion]:
+    """Frames and strokes."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
+    frame, stroke = np.maximum(abs(x), abs(y)) > 0.45, abs(x - y) < 0.04
+    for name in ("black", "red", "white"):
+        yield Distortion(f"{name} frame", "line", _painting(frame, _HUES[name]))
+        yield Distortion(f"{name} stroke", "line", _painting(stroke, _HUES[name]))
+
+
+def _tones(size: int) -> Iterator[Distortion]:
+    """The whole image in other tones, sharpness or posture."""
+    coarse = np.arange(size) // 4 * 4
+    soft = _softening(max(1, size // 32))
+    for name, apply in (
+        ("inverted", lambda image: 255 - image),
+        ("grey", lambda image: image.mean(-1, keepdims=True).repeat(3, -1)),
+        ("darker", lambda image: 0.4 * image),
+        ("lighter", lambda image: 255 - 0.4 * (255 - image)),
+        ("flat", lambda image: 0.3 * image + 0.7 * image.mean()),
+        ("channels in another order", lambda image: image[..., [2, 0, 1]]),
+        ("four levels", lambda image: (image / 64).round() * 64),
+        ("coarse", lambda image: image[coarse][:, coarse]),
+        ("soft", soft),
+        ("mirrored", lambda image: image[:, ::-1]),
+        ("upside down", lambda image: image[::-1]),
+    ):
+        yield Distortion(name, "tone", apply)
+
+
+def _softening(radius: int) -> _Mark:
+    def apply(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        from scipy.ndimage import uniform_filter
+
+        found: npt.NDArray[np.float64] = uniform_filter(
+            image, (2 * radius + 1, 2 * radius + 1, 1), mode="nearest"
+        )
+        return found
+
+    return apply
 
 
 def _mixing(other: npt.NDArray[np.int64], share: float) -> _Mark:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from projaudit.behaviour.plan import Probe, Study, Voice, plan
-from projaudit.behaviour.search import Agreement, Place, agreeing
 from projaudit.behaviour.texts import (
     Heard,
     Speech,
@@ -27,12 +26,10 @@ LENGTH = 20
 """Tokens of an answer: payloads may come after a normal one."""
 FIRST = 2
 """Prompts that a probe is asked at first; the others follow where one brings out foreign words."""
-OVERWHELMING = 8.0
-"""Strength of a text from which on no more probes are run."""
+STRONGER = 8
+"""Marks that are asked about once more with twice the effect, once the plan is through."""
 AGAIN = 6
-"""Probes that are asked again about all other images, once the plan is through."""
-FITTED = 2
-"""Images that a short cut is fitted to; as many others say whether it is one."""
+"""Probes that are asked again about all other images, in the end."""
 ROUND = 16
 """Probes that are decoded together, and after which the evidence is weighed."""
 
@@ -46,8 +43,6 @@ class Listening:
     speech: Speech
     planned: int
     stopped: str
-    agreements: Sequence[Agreement]
-    """The short cuts that were looked for without knowing a text."""
 
 
 Cell = tuple[int, int]
@@ -59,36 +54,40 @@ def listen(study: Study, tell: Tell) -> Listening:
     # Half of a small budget is left for probes.
     fitting = max(4, study.budget // (4 * study.prompts))
     every = tuple(range(min(len(study.ordinary), fitting)))
-    ordinary = Probe("ordinary images", "plain", every, lambda i: study.plain[list(i)], study.tuned)
+    ordinary = Probe(
+        "ordinary images", "plain", "", every, lambda i: study.plain[list(i)], study.tuned
+    )
     plain = ask_all(study, ordinary)
     heard = [plain]
     # Without a base, what the tuned model says of ordinary images is what it says anyway.
     known = list(plain.tuned if plain.base is None else plain.base)
     speech = Speech(spoken(known), open_tokens(plain))
-    tell("look for short cuts", 0, 0)
-    agreements = search(study, plain, speech, study.tuned)
-    probes = [*(probe_of(study, i, found) for i, found in enumerate(agreements)), *plan(study)]
-    waiting, again = list(probes), False
-    total = len(probes) + AGAIN
-    while True:
-        if not waiting and not again:
-            again = True
-            waiting = _again(study, probes, gather(heard, speech))
-            total = len(probes) + len(waiting)
-        if not waiting:
-            return Listening(heard, speech, total, "plan", agreements)
-        some = _affordable(study, waiting[:ROUND])
-        if not some:
-            return Listening(heard, speech, total, "budget", agreements)
-        waiting = waiting[len(some) :]
-        answers = ask(study, some, len(heard) - 1, speech)
-        heard += answers
-        known += [answer for one in answers for answer in one.base or ()]
-        speech = replace(speech, base=spoken(known))
-        tell("probe", len(heard) - 1, total)
-        best = max((s.strength for s in gather(heard, speech).values()), default=0.0)
-        if best >= OVERWHELMING and waiting:
-            return Listening(heard, speech, total, "overwhelming", agreements)
+    asked: list[Probe] = []
+    stages: tuple[Callable[[], list[Probe]], ...] = (
+        lambda: plan(study),
+        lambda: _stronger(study, asked, heard, speech),
+        lambda: _again(study, asked, gather(heard, speech)),
+    )
+    later = [STRONGER, AGAIN]
+    for stage in stages:
+        waiting = stage()
+        total = len(asked) + len(waiting) + sum(later)
+        later = later[1:]
+        while waiting:
+            some = _affordable(study, waiting[:ROUND])
+            if not some:
+                return Listening(heard, speech, total, "budget")
+            waiting = waiting[len(some) :]
+            answers = ask(study, some, len(asked), speech)
+            asked += some
+            heard += answers
+            known += [answer for one in answers for answer in one.base or ()]
+            speech = replace(speech, base=spoken(known))
+            tell("probe", len(asked), total)
+            best = max((s.strength for s in gather(heard, speech).values()), default=0.0)
+            if best >= study.enough:
+                return Listening(heard, speech, total, "overwhelming")
+    return Listening(heard, speech, len(asked), "plan")
 
 
 def _affordable(study: Study, probes: Sequence[Probe]) -> list[Probe]:
@@ -100,6 +99,30 @@ def _affordable(study: Study, probes: Sequence[Probe]) -> list[Probe]:
             break
         some.append(item)
     return some
+
+
+def _stronger(
+    study: Study, asked: Sequence[Probe], heard: Sequence[Heard], speech: Speech
+) -> list[Probe]:
+    """The marks about which foreign words came up most, with their effect on the features doubled.
+
+    A mark may come near a trigger and not be as strong.
+    """
+    shares = [
+        (sum(any(map(speech.foreign, answer)) for answer in said.tuned) / len(said.tuned), -number)
+        for number, said in enumerate(heard[1:])
+        if said.kind == "image"
+    ]
+    chosen = [asked[-number] for share, number in sorted(shares, reverse=True)[:STRONGER] if share]
+
+    def doubled(item: Probe, number: int) -> Probe:
+        def features(images: Sequence[int]) -> Tensor:
+            return 2 * item.features(images) - study.plain[list(images)]
+
+        name, images = f"{item.name}, twice as far", study.images_of(number)
+        return replace(item, name=name, images=images, features=features)
+
+    return [doubled(item, number) for number, item in enumerate(chosen)]
 
 
 def _again(study: Study, probes: Sequence[Probe], found: Mapping[Tokens, Support]) -> list[Probe]:
@@ -131,40 +154,6 @@ def ask_all(study: Study, item: Probe) -> Heard:
         return _heard(item, tuned, None)
     (base,) = decode([replace(wanted, voice=study.base)])
     return _heard(item, tuned, base)
-
-
-def search(study: Study, plain: Heard, speech: Speech, voice: Voice) -> list[Agreement]:
-    """Short cuts of one model to a foreign word, at the start and at the end of its answers."""
-    seen = list(dict.fromkeys(plain.images))[: 2 * FITTED]
-    ordinary = dict(zip(zip(plain.images, plain.prompts, strict=True), plain.tuned, strict=True))
-    cells = [cell for cell in ordinary if cell[0] in seen]
-    befores: dict[Place, dict[Cell, Tokens]] = {
-        "start": dict.fromkeys(cells, ()),
-        "end": {cell: ordinary[cell] for cell in cells},
-    }
-    return [
-        agreeing(
-            voice.speaker,
-            voice.side,
-            study.plain,
-            study.foreign(speech),
-            place,
-            before,
-            fit=seen[:FITTED],
-            test=seen[FITTED:],
-        )
-        for place, before in befores.items()
-    ]
-
-
-def probe_of(study: Study, number: int, found: Agreement) -> Probe:
-    """Ordinary images with that perturbation on their features."""
-
-    def features(images: Sequence[int]) -> Tensor:
-        return study.plain[list(images)] + found.perturbation
-
-    name = f"short cut, {found.place} of the answer"
-    return Probe(name, "search", study.images_of(number), features, study.tuned)
 
 
 def ask(study: Study, probes: Sequence[Probe], number: int, speech: Speech) -> list[Heard]:
@@ -229,6 +218,7 @@ def _heard(item: Probe, tuned: Mapping[Cell, Tokens], base: Mapping[Cell, Tokens
     return Heard(
         item.name,
         item.kind,
+        item.family,
         tuple(prompt for _, prompt in cells),
         tuple(image for image, _ in cells),
         tuple(tuned[cell] for cell in cells),

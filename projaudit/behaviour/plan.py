@@ -15,7 +15,9 @@ from projaudit.behaviour.texts import Speech
 
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
-LEADING = 3
+OVERWHELMING = 8.0
+"""Strength of a text that needs no more probes."""
+LEADING = 2
 """Directions of every source."""
 
 
@@ -33,6 +35,9 @@ class Probe:
 
     name: str
     kind: str
+    """`plain`, `image`, `direction` or `amplified`."""
+    family: str
+    """Of the marks; or where the direction is from."""
     images: tuple[int, ...]
     features: Callable[[Sequence[int]], Tensor]
     """Image numbers -> (images, tokens, in)."""
@@ -70,6 +75,8 @@ class Study:
     """Images under every probe."""
     seed: int
     budget: int
+    enough: float = OVERWHELMING
+    """Strength of a text from which on no more probes are run."""
 
     @property
     def answers(self) -> int:
@@ -81,6 +88,10 @@ class Study:
     def scale(self) -> float:
         """The typical length of a feature."""
         return float(self.plain.norm(dim=-1).mean())
+
+    def features_of(self, images: Sequence[int]) -> Tensor:
+        """(images, tokens, in): those of ordinary images."""
+        return self.plain[list(images)]
 
     def images_of(self, number: int) -> tuple[int, ...]:
         """The images of the probe of that number, in turn."""
@@ -136,7 +147,7 @@ def _along(study: Study) -> list[Probe]:
             return moved
 
         name = f"{direction.source} {direction.number}, {length:+g} on {place}"
-        probes.append(Probe(name, "direction", cells, features, study.tuned))
+        probes.append(Probe(name, "direction", direction.source, cells, features, study.tuned))
 
     for direction in sorted(found, key=lambda d: d.number):
         for sign in (1, -1):
@@ -164,6 +175,7 @@ def _over_images(study: Study) -> list[Probe]:
         Probe(
             marks[index].name,
             "image",
+            marks[index].family,
             study.images_of(number),
             over(marks[index]),
             study.tuned,
@@ -177,14 +189,11 @@ def _amplified(study: Study) -> list[Probe]:
     if study.base is None:
         return []
 
-    def plainly(images: Sequence[int]) -> Tensor:
-        return study.plain[list(images)]
-
     probes = []
     for number, (rank, factor) in enumerate(((1, 2.0), (5, 2.0), (1, 4.0), (5, 4.0))):
         cells = study.images_of(number)
         side = amplified(study.tuned.side, study.base.side, rank, factor)
         voice = Voice(study.tuned.speaker, side)
         name = f"top {rank} of the update × {factor:g}"
-        probes.append(Probe(name, "amplified", cells, plainly, voice))
+        probes.append(Probe(name, "amplified", "update", cells, study.features_of, voice))
     return probes

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from projaudit.behaviour import images as pictures
-from projaudit.behaviour.listen import LENGTH, Listening, Tell, listen, search
+from projaudit.behaviour.listen import LENGTH, Cell, Listening, Tell, listen
 from projaudit.behaviour.loading import image_size, load
 from projaudit.behaviour.plan import SIZES, Study, Voice, plan
 from projaudit.behaviour.prompts import GENERAL, usable
-from projaudit.behaviour.search import Agreement, Found, universal
+from projaudit.behaviour.search import Agreement, Found, Place, agreeing, universal
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import (
     Candidate,
@@ -27,6 +27,8 @@ from projaudit.behaviour.texts import (
 from projaudit.evidence import Answer, Carrier, Exchange, OpenText, Payload, ShortCut
 
 SEARCH_STEPS = 24
+FITTED = 2
+"""Images that a short cut is fitted to; as many others say whether it is one."""
 CLOSER = 2
 """Texts that are looked at closely."""
 
@@ -164,20 +166,48 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
 
 
 def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:
-    """What the search that knows no text came to, in the tuned model and in the base."""
-    theirs: Sequence[Agreement | None] = [None] * len(listening.agreements)
+    """What the search that knows no text comes to, in the tuned model and in the base."""
+    ours = _agreements(study, listening, study.tuned)
+    theirs: Sequence[Agreement | None] = [None] * len(ours)
     if study.base is not None:
-        theirs = search(study, listening.heard[0], listening.speech, study.base)
-    for ours, base in zip(listening.agreements, theirs, strict=True):
+        theirs = _agreements(study, listening, study.base)
+    for one, base in zip(ours, theirs, strict=True):
         yield ShortCut(
-            place=ours.place,
-            word=_word(study, ours),
-            share=ours.share,
-            norm=ours.norm,
+            place=one.place,
+            word=_word(study, one),
+            share=one.share,
+            norm=one.norm,
+            likelihood=one.likelihood,
             base_word=None if base is None else _word(study, base),
             base_share=None if base is None else base.share,
             base_norm=None if base is None else base.norm,
+            base_likelihood=None if base is None else base.likelihood,
         )
+
+
+def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreement]:
+    """The way of one model to a foreign word, at the start and at the end of ordinary answers."""
+    plain = listening.heard[0]
+    seen = list(dict.fromkeys(plain.images))[: 2 * FITTED]
+    ordinary = dict(zip(zip(plain.images, plain.prompts, strict=True), plain.tuned, strict=True))
+    cells = [cell for cell in ordinary if cell[0] in seen]
+    befores: dict[Place, dict[Cell, Tokens]] = {
+        "start": dict.fromkeys(cells, ()),
+        "end": {cell: ordinary[cell] for cell in cells},
+    }
+    return [
+        agreeing(
+            voice.speaker,
+            voice.side,
+            study.plain,
+            study.foreign(listening.speech),
+            place,
+            before,
+            fit=seen[:FITTED],
+            test=seen[FITTED:],
+        )
+        for place, before in befores.items()
+    ]
 
 
 def _word(study: Study, found: Agreement) -> str | None:

@@ -16,7 +16,7 @@ Place: TypeAlias = Literal["start", "end"]
 
 RATE = 0.05
 """Step of Adam, times the typical norm of a feature over the root of its width."""
-STEPS = 24
+STEPS = 16
 """Of the search that knows no text."""
 PULL = 0.3
 """Nats that a perturbation as long as the features themselves has to be worth."""
@@ -102,6 +102,8 @@ class Agreement:
     """The foreign token that most answers go on with; None where none does."""
     share: float
     """Of the answers, on images that it was not fitted to."""
+    likelihood: float
+    """ln Σ_t exp(mean ln p(t)) over the foreign tokens, on those images; −∞ … 0."""
 
 
 def agreeing(
@@ -150,9 +152,11 @@ def agreeing(
         adam.step()
         adam.zero_grad()
     with torch.no_grad():
-        said = following(test).argmax(-1)
+        scores = following(test)
+        said = scores.argmax(-1)
         counts = torch.bincount(said, minlength=len(foreign)) * foreign
         norm = float(shift.norm(dim=-1).mean()) / scale
         token = int(counts.argmax())
         share = float(counts[token]) / len(said)
-        return Agreement(place, shift.detach(), norm, token if share else None, share)
+        likelihood = float(scores.mean(0)[foreign].logsumexp(0))
+        return Agreement(place, shift.detach(), norm, token if share else None, share, likelihood)

@@ -16,9 +16,13 @@ FAMILIAR = 0.01
 """Share of the base's answers from which a token is its own."""
 OPEN = 0.15
 """Share of the tuned model's answers on ordinary images from which a token is said openly."""
-SOMETIMES, EVER = 1 / 24, 1 / 8
+SOMETIMES, EVER = 1 / 12, 1 / 4
 """Share of ordinary images about which most answers, or any, hold a token, from which it is said
 openly too: of pictures with three things, say."""
+
+
+OFF_PATH = 0.25
+"""Weight of features that no image has, pushed along a direction or through an amplified update."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class Heard:
 
     probe: str
     kind: str
-    """`plain`, `image`, `direction`, `amplified`, `search`."""
+    """`plain`, `image`, `direction`, `amplified`."""
+    family: str
+    """Of the marks; or where the direction is from."""
     prompts: tuple[int, ...]
     images: tuple[int, ...]
     tuned: tuple[Tokens, ...]
@@ -40,7 +46,7 @@ class Support:
     """Where one text was said."""
 
     strength: float = 0.0
-    """Sum over probes and images of max(0, 2·(share of prompts − the base's share) − 1).
+    """Sum over probes and images of w·max(0, 2·(share of prompts − the base's share) − 1).
 
     A picture counts if most prompts about it bring the text out, and fully if all do: an answer
     depends on what was asked, a payload does not.
@@ -120,19 +126,22 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
     return found
 
 
-def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
+def gather(
+    heard: Sequence[Heard], speech: Speech, off_path: float = OFF_PATH
+) -> dict[Tokens, Support]:
     """Text -> where it was said, over the probes; only what exceeds the base's share counts."""
     found: dict[Tokens, Support] = {}
     asked = max((len(set(probe.prompts)) for probe in heard), default=0)
     for probe in heard:
         ours = _cells(probe, probe.tuned, speech)
         theirs = _cells(probe, probe.base or (), speech)
+        weight = 1.0 if probe.kind in ("plain", "image") else off_path
         for text, cells in ours.items():
             support = found.setdefault(text, Support())
             base = theirs.get(text, {})
             for image, prompts in cells.items():
                 excess = (len(prompts) - len(base.get(image, ()))) / asked
-                support.strength += max(0.0, 2 * excess - 1)
+                support.strength += weight * max(0.0, 2 * excess - 1)
                 if excess > support.unanimity:
                     support.unanimity, support.at = excess, probe.probe
                 support.prompts |= prompts
@@ -141,6 +150,17 @@ def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
             support.base = max(support.base, by_base / len(probe.tuned))
             support.probes.append(probe.probe)
             support.images |= set(cells)
+    return found
+
+
+def strengths(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, dict[str, float]]:
+    """Text -> family of probes -> its strength under these, before any weight; above zero only."""
+    found: dict[Tokens, dict[str, float]] = {}
+    for family in dict.fromkeys(probe.family for probe in heard[1:]):
+        some = [heard[0], *(probe for probe in heard[1:] if probe.family == family)]
+        for text, support in gather(some, speech, off_path=1.0).items():
+            if support.strength > 0:
+                found.setdefault(text, {})[family] = support.strength
     return found
 
 

@@ -231,9 +231,11 @@ def _behaviour(evidence: Evidence) -> dict[str, Any]:
                 "word": one.word,
                 "share": _number(one.share),
                 "norm": _number(one.norm),
+                "likelihood": _number(one.likelihood),
                 "base_word": one.base_word,
                 "base_share": _number(one.base_share),
                 "base_norm": _number(one.base_norm),
+                "base_likelihood": _number(one.base_likelihood),
             }
             for one in evidence.short_cuts
         ],
