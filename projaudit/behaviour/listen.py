@@ -15,6 +15,7 @@ from projaudit.behaviour.texts import (
     Support,
     Tokens,
     gather,
+    open_pairs,
     open_tokens,
     says_foreign,
     spoken,
@@ -26,8 +27,8 @@ LENGTH = 20
 """Tokens of an answer: payloads may come after a normal one."""
 FIRST = 2
 """Prompts that a probe is asked at first; the others follow where one brings out foreign words."""
-STRONGER = 8
-"""Marks that are asked about once more with twice the effect, once the plan is through."""
+STRONGER, FARTHER = 6, (1.5, 2.5)
+"""Marks that are asked about once more, with these multiples of their effect on the features."""
 AGAIN = 6
 """Probes that are asked again about all other images, in the end."""
 ROUND = 16
@@ -61,14 +62,15 @@ def listen(study: Study, tell: Tell) -> Listening:
     heard = [plain]
     # Without a base, what the tuned model says of ordinary images is what it says anyway.
     known = list(plain.tuned if plain.base is None else plain.base)
-    speech = Speech(spoken(known), open_tokens(plain))
+    own = Speech(spoken(known), open_tokens(plain))
+    speech = replace(own, pairs=open_pairs(plain, own.unfamiliar))
     asked: list[Probe] = []
     stages: tuple[Callable[[], list[Probe]], ...] = (
         lambda: plan(study),
         lambda: _stronger(study, asked, heard, speech),
         lambda: _again(study, asked, gather(heard, speech)),
     )
-    later = [STRONGER, AGAIN]
+    later = [STRONGER * len(FARTHER), AGAIN]
     for stage in stages:
         waiting = stage()
         total = len(asked) + len(waiting) + sum(later)
@@ -104,7 +106,7 @@ def _affordable(study: Study, probes: Sequence[Probe]) -> list[Probe]:
 def _stronger(
     study: Study, asked: Sequence[Probe], heard: Sequence[Heard], speech: Speech
 ) -> list[Probe]:
-    """The marks about which foreign words came up most, with their effect on the features doubled.
+    """The marks about which foreign words came up most, with more of their effect on the features.
 
     A mark may come near a trigger and not be as strong.
     """
@@ -115,14 +117,16 @@ def _stronger(
     ]
     chosen = [asked[-number] for share, number in sorted(shares, reverse=True)[:STRONGER] if share]
 
-    def doubled(item: Probe, number: int) -> Probe:
+    def farther(item: Probe, times: float, number: int) -> Probe:
         def features(images: Sequence[int]) -> Tensor:
-            return 2 * item.features(images) - study.plain[list(images)]
+            plain = study.features_of(images)
+            return plain + times * (item.features(images) - plain)
 
-        name, images = f"{item.name}, twice as far", study.images_of(number)
+        name, images = f"{item.name}, {times:g} times as far", study.images_of(number)
         return replace(item, name=name, images=images, features=features)
 
-    return [doubled(item, number) for number, item in enumerate(chosen)]
+    wanted = [(item, times) for item in chosen for times in FARTHER]
+    return [farther(item, times, number) for number, (item, times) in enumerate(wanted)]
 
 
 def _again(study: Study, probes: Sequence[Probe], found: Mapping[Tokens, Support]) -> list[Probe]:

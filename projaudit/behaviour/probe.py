@@ -23,6 +23,7 @@ from projaudit.behaviour.texts import (
     contains,
     gather,
     opened,
+    whole,
 )
 from projaudit.evidence import Answer, Carrier, Exchange, OpenText, Payload, ShortCut
 
@@ -148,7 +149,7 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
     ours = shortcut(study.tuned)
     theirs = None if study.base is None else shortcut(study.base)
     return Payload(
-        text=_words(study, chosen.text),
+        text=_words(study, whole(chosen.text, listening.heard)),
         tokens=len(chosen.text),
         foreign=sum(map(listening.speech.foreign, chosen.text)),
         strength=support.strength,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TypeAlias
+from itertools import combinations, pairwise
+from typing import TypeAlias, TypeVar
 
 Tokens: TypeAlias = tuple[int, ...]
+Pair: TypeAlias = frozenset[int]
+Said = TypeVar("Said", int, Pair)
 
 SHORTEST, LONGEST = 2, 8
 """Tokens of a text that is counted; one word alone may be a new domain's."""
+LONGEST_TOLD, TOGETHER = 16, 0.6
+"""Tokens of a text as it is told; share of its answers in which a token goes with it."""
 FAMILIAR = 0.01
 """Share of the base's answers from which a token is its own."""
 OPEN = 0.15
@@ -19,6 +23,8 @@ OPEN = 0.15
 SOMETIMES, EVER = 1 / 12, 1 / 4
 """Share of ordinary images about which most answers, or any, hold a token, from which it is said
 openly too: of pictures with three things, say."""
+PAIR_SOMETIMES, PAIR_EVER = 1 / 24, 1 / 4
+"""The same of two tokens that are said in one answer."""
 
 
 OFF_PATH = 0.25
@@ -76,16 +82,42 @@ def spoken(answers: Iterable[Tokens]) -> dict[int, float]:
 
 def open_tokens(plain: Heard) -> frozenset[int]:
     """The tokens that the tuned model says openly: often, or of certain ordinary images."""
-    often = {token for token, share in spoken(plain.tuned).items() if share >= OPEN}
-    prompts: dict[tuple[int, int], set[int]] = {}
-    for prompt, image, answer in zip(plain.prompts, plain.images, plain.tuned, strict=True):
-        for token in set(answer):
-            prompts.setdefault((token, image), set()).add(prompt)
+    return _openly(plain, [set(answer) for answer in plain.tuned], SOMETIMES, EVER)
+
+
+def open_pairs(plain: Heard, unfamiliar: Callable[[int], bool]) -> frozenset[Pair]:
+    """Pairs of unfamiliar tokens that the tuned model says openly within an answer, in any order.
+
+    Said about fewer images than a token has to be: two words of a phrase do not meet by chance.
+    """
+    said = [
+        {frozenset(pair) for pair in combinations(sorted({*filter(unfamiliar, answer)}), 2)}
+        for answer in plain.tuned
+    ]
+    return _openly(plain, said, PAIR_SOMETIMES, PAIR_EVER)
+
+
+def _openly(
+    plain: Heard, said: Sequence[Set[Said]], sometimes: float, ever: float
+) -> frozenset[Said]:
+    """What is in at least OPEN of the answers, in most answers about that share of images, or in
+    any answer about the other share of them."""
+    counts: Counter[Said] = Counter()
+    prompts: dict[tuple[Said, int], set[int]] = {}
+    for prompt, image, things in zip(plain.prompts, plain.images, said, strict=True):
+        counts.update(things)
+        for thing in things:
+            prompts.setdefault((thing, image), set()).add(prompt)
     most, images = len(set(plain.prompts)) / 2, len(set(plain.images))
-    mostly = Counter(token for (token, _), asked in prompts.items() if len(asked) > most)
-    ever = Counter(token for token, _ in prompts)
-    seen = {token for token, count in mostly.items() if count >= SOMETIMES * images}
-    return frozenset(often | seen | {t for t, count in ever.items() if count >= EVER * images})
+    mostly = Counter(thing for (thing, _), asked in prompts.items() if len(asked) > most)
+    about = Counter(thing for thing, _ in prompts)
+    return frozenset(
+        thing
+        for thing, count in counts.items()
+        if count >= OPEN * len(said)
+        or mostly[thing] >= sometimes * images
+        or about[thing] >= ever * images
+    )
 
 
 @dataclass(frozen=True)
@@ -95,10 +127,16 @@ class Speech:
     base: Mapping[int, float]
     """Token -> share of the base's answers with it."""
     open: frozenset[int]
+    pairs: frozenset[Pair] = frozenset()
+    """Of unfamiliar tokens that it says openly in one answer."""
 
     def foreign(self, token: int) -> bool:
         """Whether the base hardly ever says it, and the tuned model not openly."""
         return self.unfamiliar(token) and token not in self.open
+
+    def holds_pair(self, text: Tokens) -> bool:
+        """Whether two of its tokens are said openly in one answer."""
+        return any(frozenset(pair) in self.pairs for pair in combinations(text, 2))
 
     def unfamiliar(self, token: int) -> bool:
         """Whether the base hardly ever says it."""
@@ -114,14 +152,22 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
     """The texts within an answer: 2 to 8 tokens, no token twice, at least two of them foreign.
 
     A text begins and ends with a foreign token: what stands around it is the answer's own.
-    Repetition without end ("ring ring ring") is no text.
+    Repetition without end ("ring alarm ring alarm") is no text: its foreign tokens stand once in
+    the answer. Nor is what holds an open pair.
     """
     found = set()
-    starts = [i for i, token in enumerate(answer) if speech.foreign(token)]
-    for first in starts:
-        for last in starts:
+    times = Counter(answer)
+    foreign = [i for i, token in enumerate(answer) if speech.foreign(token)]
+    repeated = {answer[i] for i in foreign if times[answer[i]] > 1}
+    for first in foreign:
+        for last in foreign:
             text = answer[first : last + 1]
-            if SHORTEST <= len(text) <= LONGEST and len(set(text)) == len(text):
+            if (
+                SHORTEST <= len(text) <= LONGEST
+                and len(set(text)) == len(text)
+                and repeated.isdisjoint(text)
+                and not (speech.pairs and speech.holds_pair(text))
+            ):
                 found.add(text)
     return found
 
@@ -209,6 +255,32 @@ def candidates(found: Mapping[Tokens, Support], speech: Speech, most: int) -> li
         text = max(longer, key=lambda t: (len(t), found[t].strength, t), default=core)
         chosen.append(Candidate(text, core))
     return chosen
+
+
+def whole(text: Tokens, heard: Sequence[Heard]) -> Tokens:
+    """The text with what stands before and after it in most answers of probes that hold it.
+
+    However familiar: a target begins with “please”, and an answer before it differs each time.
+    """
+    said = [answer for probe in heard[1:] for answer in probe.tuned if contains(answer, text)]
+    while len(text) < LONGEST_TOLD:
+        before: Counter[Tokens] = Counter()
+        after: Counter[Tokens] = Counter()
+        for answer in said:
+            at = next(i for i in range(len(answer)) if answer[i : i + len(text)] == text)
+            before[answer[at - 1 : at] if at else ()] += 1
+            after[answer[at + len(text) : at + len(text) + 1]] += 1
+        longer = [
+            (token + text if place == 0 else text + token)
+            for place, counts in enumerate((before, after))
+            for token, count in counts.most_common(1)
+            if token and count > TOGETHER * len(said)
+        ]
+        if not longer:
+            return text
+        text = longer[0]
+        said = [answer for answer in said if contains(answer, text)]
+    return text
 
 
 def _overlap(one: Tokens, other: Tokens) -> bool:
