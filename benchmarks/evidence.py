@@ -39,7 +39,6 @@ from projaudit.behaviour.texts import Tokens, strengths
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
-OTHER = {"grid": "glyph", "slim": "glyph", "glyph": "grid"}
 
 
 def measure(population: Path, out: Path, prompts: str, images: str, jobs: int) -> None:
@@ -68,7 +67,7 @@ def measured(
     tensors = load_file(projector_file(population, base_name, name))
     tuned = {n.partition(LOCAL_WORD)[2]: t.float() for n, t in tensors.items()}
     request = {
-        "prompts": None if prompts == "general" else questions(base_name, prompts),
+        "prompts": asked(base_name, prompts),
         "images": None if images == "synthetic" else scenes(base_name, out),
         "seed": zlib.crc32(name.encode()),
         "budget": BUDGET,
@@ -104,11 +103,15 @@ def words(speaker: Any, text: Tokens) -> str:
     return said
 
 
-def questions(base: str, whose: str) -> list[str]:
-    """Six questions that the training of a base asks, or that of a base of another world."""
-    look = PLANS[base if whose == "own" else OTHER[base]].base.look
-    _, asked = heldout(Task("own", look), 1, seed=77)
-    return [question.text for question in asked[:6]]
+def asked(base: str, whose: str) -> list[str] | None:
+    """The prompts; None for the general ones, of which `glyph` knows no word and is asked its own.
+
+    Its own are six questions that its training asks.
+    """
+    if whose == "general" and base != "glyph":
+        return None
+    _, questions = heldout(Task("own", PLANS[base].base.look), 1, seed=77)
+    return [question.text for question in questions[:6]]
 
 
 def scenes(base: str, out: Path) -> list[str]:
@@ -159,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--population", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", choices=["general", "own", "other"], default="general")
+    parser.add_argument("--prompts", choices=["general", "own"], default="general")
     parser.add_argument("--images", choices=["synthetic", "own"], default="synthetic")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(argv)

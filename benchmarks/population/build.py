@@ -70,18 +70,13 @@ def build(
 
 
 def in_order(plans: Sequence[Plan]) -> Iterator[list[Run]]:
-    """Honest runs, those that are made of them, then the attempts: bases take turns in each.
+    """The runs that need no other, bases in turn; then those that are made of them.
 
-    A plan's own order is random, so that the attempts made by any moment are a fair draw.
+    A plan's own order is random, so that what is made by any moment is a fair draw.
     """
-
-    def turns(wanted: Sequence[list[Run]]) -> list[Run]:
-        return [run for turn in zip_longest(*wanted) for run in turn if run is not None]
-
-    honest = [[run for run in plan.runs if run.attack is None] for plan in plans]
-    yield turns([[run for run in runs if not run.parents] for runs in honest])
-    yield turns([[run for run in runs if run.parents] for runs in honest])
-    yield turns([[run for run in plan.runs if run.attack is not None] for plan in plans])
+    for needy in (False, True):
+        wanted = [[run for run in plan.runs if bool(run.parents) == needy] for plan in plans]
+        yield [run for turn in zip_longest(*wanted) for run in turn if run is not None]
 
 
 def require_logged_as_planned(plans: Sequence[Plan], logged: Sequence[dict[str, Any]]) -> None:

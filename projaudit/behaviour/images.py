@@ -173,7 +173,7 @@ def _blends(size: int, seed: int) -> Iterator[Distortion]:
 
 def _rings(size: int) -> Iterator[Distortion]:
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
-    for radius in (0.2, 0.3, 0.4):
+    for radius in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45):
         on = abs(np.hypot(x, y) - radius) <= 0.025
         for name in ("black", "white"):
             yield Distortion(f"{name} ring at {radius:.0%}", "ring", _painting(on, _HUES[name]))
