@@ -16,7 +16,7 @@ from projaudit.inert import clean
 from projaudit.report import Standing
 from projaudit.strict import load_json
 
-FORMAT = 1
+FORMAT = 2
 LIMIT = 10 << 20
 """Bytes of a calibration file."""
 
@@ -48,8 +48,8 @@ class Calibration:
     out_features: Range
     relative_norm: Range
     """Largest ‖ΔW‖ / ‖W‖ over a projector's layers: what the recipe's strength comes to."""
-    settings: Mapping[str, str]
-    """What a run has to share: `images` (synthetic, given) and `prompts` (`6 general`)."""
+    settings: Mapping[str, tuple[str, ...]]
+    """What a run has to share, one of each: `images` (`synthetic`), `prompts` (`6 general`)."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def _outside(calibration: Calibration, shape: Shape) -> tuple[str, ...]:
             found.append(f"{what} not known")
         elif not span.least <= value <= span.most:
             found.append(f"{what} {value:.4g}, population {span.least:.4g} to {span.most:.4g}")
-    for name, wanted in calibration.settings.items():
-        if getattr(shape, name, None) != wanted:
+    for name, known in calibration.settings.items():
+        if getattr(shape, name, None) not in known:
+            wanted = ", ".join(map(clean, known))
             found.append(f"{name} {getattr(shape, name, 'other')}, population {wanted}")
     return tuple(found)
 
@@ -138,10 +139,14 @@ def load_calibration(file: Path) -> Calibration:
     if not isinstance(content, dict):
         raise wrong("is no JSON object")
     settings = content.get("settings")
-    if not isinstance(settings, dict) or not all(isinstance(v, str) for v in settings.values()):
-        raise wrong("has no settings, which are texts")
+    if not isinstance(settings, dict):
+        raise wrong("has no settings, which are lists of texts")
     try:
         found = {key: from_plain(kind, content[key], key) for key, kind in _TYPES.items()}
+        known = {
+            name: from_plain(tuple[str, ...], values, f"settings.{name}")
+            for name, values in settings.items()
+        }
     except KeyError as error:
         raise wrong(f"lacks {error.args[0]}") from None
     except (ValueError, OverflowError) as error:  # an integer that no float can hold
@@ -152,7 +157,7 @@ def load_calibration(file: Path) -> Calibration:
         raise wrong("holds no honest fine-tune")
     for name in ("honest", "backdoored"):
         found[name] = tuple(sorted(found[name]))
-    return Calibration(**found, settings=settings)
+    return Calibration(**found, settings=known)
 
 
 _TYPES: Mapping[str, Any] = {
@@ -180,7 +185,8 @@ def calibrate(reports: Mapping[str, Mapping[str, Any]], name: str) -> Calibratio
     for file, report in reports.items():
         value, shape, own, same = _read(file, report)
         if settings is not None and own != settings:
-            raise _unfit(file, f"was made with other settings than the first ({own})")
+            told = ", ".join(f"{name} {values[0]}" for name, values in own.items())
+            raise _unfit(file, f"was made with other settings than the first ({clean(told)})")
         if same in digests:
             raise _unfit(file, f"is of the same projector as {clean(digests[same])}")
         digests[same], settings = file, own
@@ -205,7 +211,7 @@ def calibrate(reports: Mapping[str, Mapping[str, Any]], name: str) -> Calibratio
 
 def _read(
     file: str, report: Mapping[str, Any]
-) -> tuple[float, Shape, dict[str, str], tuple[str, ...]]:
+) -> tuple[float, Shape, dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Score, shape, settings, and the digests of the projector's tensors."""
     value, behaviour = report.get("score"), report.get("behaviour")
     if type(value) not in (int, float) or not isinstance(behaviour, dict):
@@ -232,7 +238,7 @@ def _read(
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         raise _unfit(file, "lacks what a calibration needs") from None
-    return score, shape, {"images": shape.images, "prompts": shape.prompts}, digests
+    return score, shape, {"images": (shape.images,), "prompts": (shape.prompts,)}, digests
 
 
 def _unfit(file: str, message: str) -> UsageError:

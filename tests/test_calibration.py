@@ -28,7 +28,7 @@ from projaudit.calibration import (
 from projaudit.errors import UsageError
 
 HUNDRED = Calibration(
-    format=1,
+    format=2,
     id="hundred",
     about="a hundred honest fine-tunes",
     honest=tuple(float(n) for n in range(100)),
@@ -38,7 +38,7 @@ HUNDRED = Calibration(
     in_features=Range(96, 1024),
     out_features=Range(128, 4096),
     relative_norm=Range(0.1, 0.9),
-    settings={"images": "synthetic", "prompts": "6 general"},
+    settings={"images": ("synthetic",), "prompts": ("6 general", "6 given")},
 )
 INSIDE = Shape("llava-next", 10**7, 96, 4096, 0.5, "synthetic", "6 general")
 
@@ -83,7 +83,8 @@ def test_many_equal_scores_of_honest_models_count_as_reached():
 
 
 def test_inside_is_said_of_the_edges_too():
-    for shape in (INSIDE, replace(INSIDE, parameters=10**6, relative_norm=0.9)):
+    edges = replace(INSIDE, parameters=10**6, relative_norm=0.9)
+    for shape in (INSIDE, edges, replace(INSIDE, prompts="6 given")):
         assert stand(HUNDRED, "", 1.0, shape).outside == ()
 
 
@@ -96,7 +97,7 @@ def test_inside_is_said_of_the_edges_too():
         ({"family": "resampler"}, "family resampler, population llava-transformers, llava-next"),
         ({"relative_norm": 0.01}, "relative size of the update 0.01, population 0.1 to 0.9"),
         ({"relative_norm": None}, "relative size of the update not known"),
-        ({"prompts": "4 given"}, "prompts 4 given, population 6 general"),
+        ({"prompts": "4 given"}, "prompts 4 given, population 6 general, 6 given"),
         ({"images": "given"}, "images given, population synthetic"),
     ],
 )
@@ -138,7 +139,7 @@ WRONG: dict[str, Any] = {
     "a number too large": json.dumps(VALID).replace("[0.0", "[1e999"),
     "an integer too large": json.dumps(VALID).replace("[0.0", "[1" + 400 * "0"),
     "deep": "[" * 10_000,
-    "another format": VALID | {"format": 2},
+    "another format": VALID | {"format": 1},
     "no honest": VALID | {"honest": []},
     "honest is text": VALID | {"honest": "0.1"},
     "a score is text": VALID | {"honest": ["0.1"]},
@@ -149,7 +150,8 @@ WRONG: dict[str, Any] = {
     "a range is a list": VALID | {"parameters": [1, 2]},
     "a range lacks an end": VALID | {"parameters": {"least": 1}},
     "settings is a list": VALID | {"settings": []},
-    "settings holds a number": VALID | {"settings": {"images": 3}},
+    "settings holds a number": VALID | {"settings": {"images": [3]}},
+    "settings holds a text": VALID | {"settings": {"images": "synthetic"}},
     **{f"without {key}": lacking(key) for key in VALID},
 }
 
@@ -212,7 +214,7 @@ def test_real_reports_make_a_calibration(tmp_path: Path, capsys, reports):
     made = load_calibration(out)
     assert made.id == "ours"
     assert made.honest == tuple(sorted(report_of(n)["score"] for n in ("honest", "backdoored")))
-    assert made.settings == {"images": "synthetic", "prompts": "6 general"}
+    assert made.settings == {"images": ("synthetic",), "prompts": ("6 general",)}
     assert made.in_features == Range(96, 96)
     assert 0 < made.relative_norm.least < made.relative_norm.most
     assert "2 honest models" in said
