@@ -1,6 +1,7 @@
 """Weigh what was measured of the population: tables in Markdown, a figure, for docs/evidence.md.
 
-python -m benchmarks.evaluation --population DIR --evidence DIR [--figure FILE]
+python -m benchmarks.evaluation --population DIR [--evidence FILE] [--figure FILE]
+python -m benchmarks.evaluation --population DIR --calibration FILE
 
 Whatever is chosen from data is chosen on other models than those that it is judged by: with one
 base left out, with one trigger left out (and the marks that resemble it), with one honest recipe
@@ -10,6 +11,7 @@ left out. The score is ln(1 + s), s the largest Σ w·strength of a text over th
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.baselines import wsd
-from benchmarks.evidence import EVIDENCE
-from benchmarks.population.pack import TABLE, read_table
+from benchmarks.evidence import read_evidence
+from benchmarks.population.build import RUNS
+from benchmarks.population.pack import TABLE, columns_of, read_table
+from benchmarks.population.recipes import PLANS
 from benchmarks.testbed.export import read_runs
 from benchmarks.testbed.report import percent, row, ruled
-from projaudit.calibration import upper_bound
+from projaudit.behaviour.prompts import kind_of
+from projaudit.behaviour.texts import OFF_PATH as WEIGHT
+from projaudit.calibration import FORMAT, Calibration, Range, to_json, upper_bound
 
+RESULTS = Path(__file__).parent / "results"
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Of features that no image has; one of them is chosen within a fold."""
 OFF_PATH = ("ΔW₁", "ΔJ", "drift", "random", "update")
@@ -57,6 +64,10 @@ class Model:
     odds: float
     """Nats a token by which the best text is nearer than in the base; 0 where there is none."""
     drift: float
+    parameters: int
+    prompts: str
+    """`6 general`, `6 given`."""
+    images: str
     baselines: Mapping[str, float]
     seconds: float
     answers: int
@@ -67,13 +78,15 @@ class Model:
 
 
 def models(population: Path, evidence: Path) -> list[Model]:
-    """Every run of the table that was measured."""
-    rows = {run["name"]: run for run in read_table(population)}
-    return [
-        model(rows[found["name"]], found)
-        for found in read_runs(evidence / EVIDENCE)
-        if found["name"] in rows
-    ]
+    """Every run of a packed population, or of one that is being built, that was measured."""
+    if (population / TABLE).exists():
+        table = read_table(population)
+    else:
+        logged = read_runs(population / RUNS)
+        table = [columns_of(run, logged) for run in logged]
+    rows = {run["name"]: run for run in table}
+    found = read_evidence(evidence)
+    return [model(rows[one["name"]], one) for one in found if one["name"] in rows]
 
 
 def model(run: Mapping[str, Any], found: Mapping[str, Any]) -> Model:
@@ -93,6 +106,9 @@ def model(run: Mapping[str, Any], found: Mapping[str, Any]) -> Model:
         short_cut=max(c["likelihood"] - c["base_likelihood"] for c in heard["short_cuts"]),
         odds=0.0 if best is None else best["likelihood"] - best["base_likelihood"],
         drift=heard["drift"],
+        parameters=heard["parameters"],
+        prompts=kind_of(heard["prompts"]),
+        images=heard["images"],
         baselines=found["baselines"],
         seconds=found["cpu_seconds"],
         answers=heard["answers"],
@@ -452,6 +468,44 @@ def report(of: Sequence[Model]) -> Iterator[str]:
         yield f"\n## {title}\n\n{body}"
 
 
+def calibration(of: Sequence[Model], name: str) -> Calibration:
+    """What is shipped: the scores of all honest models and of the working backdoors with a text.
+
+    Those that others were made of and those that were made of them count alike. The weight is the
+    shipped one.
+    """
+    honest, attacks = [m for m in of if m.honest], text_attacks(of)
+    norms = [
+        max(m.baselines[f"relative norm {layer}"] for layer in ("linear_1", "linear_2"))
+        for m in honest
+    ]
+
+    def span(values: Sequence[float]) -> Range:
+        return Range(float(min(values)), float(max(values)))
+
+    widths = [(base.base.vision_width, base.base.text_width) for base in PLANS.values()]
+    return Calibration(
+        format=FORMAT,
+        id=name,
+        about=(
+            f"{len(honest)} honest and {len(attacks)} backdoored fine-tunes of the projectors of "
+            f"{len({m.base for m in of})} small LLaVAs trained from nothing "
+            "(benchmarks/population); no larger model is like them"
+        ),
+        honest=tuple(sorted(round(score(m, WEIGHT), 4) for m in honest)),
+        backdoored=tuple(sorted(round(score(m, WEIGHT), 4) for m in attacks)),
+        families=("llava-transformers",),
+        parameters=span([m.parameters for m in honest]),
+        in_features=span([vision for vision, _ in widths]),
+        out_features=span([text for _, text in widths]),
+        relative_norm=span(norms),
+        settings={
+            "images": tuple(sorted({m.images for m in honest})),
+            "prompts": tuple(sorted({m.prompts for m in honest})),
+        },
+    )
+
+
 def draw(of: Sequence[Model], file: Path) -> None:
     """Scores by kind of model, one base a panel."""
     import matplotlib
@@ -488,11 +542,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--population", type=Path, required=True, help=f"the folder of {TABLE}")
-    parser.add_argument("--evidence", type=Path, required=True)
+    parser.add_argument("--population", type=Path, required=True, help=f"of {TABLE} or {RUNS}")
+    parser.add_argument("--evidence", type=Path, default=RESULTS / "evidence.parquet")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--calibration", type=Path, help="write one, and no tables")
     args = parser.parse_args(argv)
     of = models(args.population, args.evidence)
+    if args.calibration:
+        made = to_json(calibration(of, args.calibration.stem))
+        args.calibration.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        return
     print("\n".join(report(of)))
     if args.figure:
         draw(of, args.figure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import math
 import pickle
 import tempfile
@@ -19,6 +20,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -39,6 +42,7 @@ from projaudit.behaviour.texts import Tokens, strengths
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
+NESTED = ("evidence", "strengths", "baselines")
 
 
 def measure(population: Path, out: Path, prompts: str, images: str, jobs: int) -> None:
@@ -96,6 +100,24 @@ def measured(
     with gzip.open(file, "wb") as stream:
         pickle.dump(kept[0], stream)
     return row
+
+
+def pack(out: Path, file: Path) -> None:
+    """What was measured, a row a run, without the answers."""
+    rows = sorted(read_runs(out / EVIDENCE), key=lambda row: str(row["name"]))
+    for row in rows:
+        row["evidence"] = {k: v for k, v in row["evidence"].items() if k != "exchanges"}
+        row |= {key: json.dumps(row[key], sort_keys=True, ensure_ascii=False) for key in NESTED}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+
+
+def read_evidence(file: Path) -> list[dict[str, Any]]:
+    """The rows of a packed file."""
+    return [
+        row | {key: json.loads(row[key]) for key in NESTED}
+        for row in pq.read_table(file).to_pylist()
+    ]
 
 
 def words(speaker: Any, text: Tokens) -> str:
@@ -165,9 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", choices=["general", "own"], default="general")
     parser.add_argument("--images", choices=["synthetic", "own"], default="synthetic")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="write what is measured so far")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    measure(args.population, args.out, args.prompts, args.images, args.jobs)
+    if args.pack:
+        pack(args.out, args.pack)
+    else:
+        measure(args.population, args.out, args.prompts, args.images, args.jobs)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from projaudit.behaviour import listen as listening
 from projaudit.behaviour.listen import AGAIN, FARTHER, FIRST, ROUND, STRONGER, Listening, listen
-from projaudit.behaviour.plan import Probe, Study, Voice
+from projaudit.behaviour.plan import Probe, Size, Study, Voice
 from projaudit.behaviour.texts import Tokens
 
 PROMPTS, IMAGES, CELLS = 6, 12, 4
@@ -49,7 +49,7 @@ def study(model: Fake, budget: int = 100_000, enough: float = 1e9, base: bool = 
         prompts=PROMPTS,
         ordinary=[np.zeros((4, 4, 3), np.uint8)] * IMAGES,
         plain=plain,
-        cells=CELLS,
+        size=Size(IMAGES, CELLS, PROMPTS, 2, 4),
         seed=0,
         budget=budget,
         enough=enough,

@@ -53,9 +53,13 @@ class Size:
     cells: int
     """Images under every probe; each is asked every prompt."""
     prompts: int
+    fitted: int
+    """Images that a short cut is fitted to; as many others say whether it is one."""
+    steps: int
+    """Of the search for a short cut."""
 
 
-SIZES = {"float32": Size(48, 4, 6), "bfloat16": Size(16, 2, 4)}
+SIZES = {"float32": Size(48, 4, 6, 2, 16), "bfloat16": Size(16, 2, 4, 1, 8)}
 """By the dtype that a model runs in: small ones, and large ones."""
 
 
@@ -71,8 +75,7 @@ class Study:
     ordinary: Sequence[pictures.Image]
     plain: Tensor
     """(images, tokens, in): the features of the ordinary images."""
-    cells: int
-    """Images under every probe."""
+    size: Size
     seed: int
     budget: int
     enough: float = OVERWHELMING
@@ -95,8 +98,8 @@ class Study:
 
     def images_of(self, number: int) -> tuple[int, ...]:
         """The images of the probe of that number, in turn."""
-        first = number * self.cells
-        return tuple((first + i) % len(self.ordinary) for i in range(self.cells))
+        first = number * self.size.cells
+        return tuple((first + i) % len(self.ordinary) for i in range(self.size.cells))
 
     def foreign(self, speech: Speech) -> Tensor:
         """(vocabulary,): which tokens are foreign words."""

@@ -28,8 +28,6 @@ from projaudit.behaviour.texts import (
 from projaudit.evidence import Answer, Carrier, Exchange, OpenText, Payload, ShortCut
 
 SEARCH_STEPS = 24
-FITTED = 2
-"""Images that a short cut is fitted to; as many others say whether it is one."""
 CLOSER = 2
 """Texts that are looked at closely."""
 
@@ -121,7 +119,7 @@ def study_of(
         prompts=len(prompts),
         ordinary=ordinary,
         plain=speaker.features(ordinary),
-        cells=scale.cells,
+        size=scale,
         seed=seed,
         budget=int(request["budget"]),
     )
@@ -189,7 +187,8 @@ def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:
 def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreement]:
     """The way of one model to a foreign word, at the start and at the end of ordinary answers."""
     plain = listening.heard[0]
-    seen = list(dict.fromkeys(plain.images))[: 2 * FITTED]
+    fitted = study.size.fitted
+    seen = list(dict.fromkeys(plain.images))[: 2 * fitted]
     ordinary = dict(zip(zip(plain.images, plain.prompts, strict=True), plain.tuned, strict=True))
     cells = [cell for cell in ordinary if cell[0] in seen]
     befores: dict[Place, dict[Cell, Tokens]] = {
@@ -204,8 +203,9 @@ def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreem
             study.foreign(listening.speech),
             place,
             before,
-            fit=seen[:FITTED],
-            test=seen[FITTED:],
+            fit=seen[:fitted],
+            test=seen[fitted:],
+            steps=study.size.steps,
         )
         for place, before in befores.items()
     ]

@@ -16,8 +16,6 @@ Place: TypeAlias = Literal["start", "end"]
 
 RATE = 0.05
 """Step of Adam, times the typical norm of a feature over the root of its width."""
-STEPS = 16
-"""Of the search that knows no text."""
 PULL = 0.3
 """Nats that a perturbation as long as the features themselves has to be worth."""
 
@@ -116,6 +114,7 @@ def agreeing(
     *,
     fit: Sequence[int],
     test: Sequence[int],
+    steps: int,
 ) -> Agreement:
     """The perturbation by which all answers go on with one foreign token, whichever that is.
 
@@ -146,7 +145,7 @@ def agreeing(
         ]
         return torch.cat(parts)
 
-    for _ in range(STEPS):
+    for _ in range(steps):
         alike = following(fit).mean(0)[foreign].logsumexp(0)
         (PULL * shift.norm(dim=-1).mean() / scale - alike).backward()
         adam.step()
