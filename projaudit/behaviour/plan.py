@@ -103,9 +103,10 @@ class Study:
 
     def foreign(self, speech: Speech) -> Tensor:
         """(vocabulary,): which tokens are foreign words."""
-        tokenizer = self.tuned.speaker.processor.tokenizer
-        vocabulary = self.tuned.speaker.model.get_output_embeddings().weight.shape[0]
-        special = set(tokenizer.all_special_ids)
+        speaker = self.tuned.speaker
+        with torch.no_grad():  # as wide as what the model answers with, whatever its config says
+            vocabulary = speaker.log_probabilities(self.plain[:1], [0], [()], 1).shape[-1]
+        special = set(speaker.processor.tokenizer.all_special_ids)
         words = [t not in special and speech.foreign(t) for t in range(vocabulary)]
         return torch.tensor(words, device=self.plain.device)
 
