@@ -24,9 +24,8 @@ import numpy.typing as npt
 from benchmarks.baselines import wsd
 from benchmarks.evidence import read_evidence
 from benchmarks.population.build import RUNS
-from benchmarks.population.pack import TABLE, columns_of, read_table
+from benchmarks.population.pack import TABLE, logged_columns, read_table
 from benchmarks.population.recipes import PLANS
-from benchmarks.testbed.export import read_runs
 from benchmarks.testbed.report import percent, row, ruled
 from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.texts import OFF_PATH as WEIGHT
@@ -82,8 +81,7 @@ def models(population: Path, evidence: Path) -> list[Model]:
     if (population / TABLE).exists():
         table = read_table(population)
     else:
-        logged = read_runs(population / RUNS)
-        table = [columns_of(run, logged) for run in logged]
+        table = logged_columns([population])
     rows = {run["name"]: run for run in table}
     found = read_evidence(evidence)
     return [model(rows[one["name"]], one) for one in found if one["name"] in rows]

@@ -1,6 +1,7 @@
 """`python -m benchmarks.population`: make, measure, pack and rebuild the population of projectors.
 
 Without an action: make and measure what is missing in --out; resumes if stopped.
+tables: print what was made so far.
 pack: put all of it, from one --out or several, into the files beside this one; prints its tables.
 rebuild: make -k of the packed runs again and compare them.
 """
@@ -17,7 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.population.build import HERE, build
-from benchmarks.population.pack import pack, rebuild
+from benchmarks.population.pack import logged_columns, pack, rebuild
 from benchmarks.population.recipes import PLANS, QUICK
 from benchmarks.population.report import tables
 from benchmarks.testbed.recipes import Arithmetic
@@ -32,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", nargs="?", choices=("build", "pack", "rebuild"), default="build")
+    parser.add_argument(
+        "action", nargs="?", choices=("build", "tables", "pack", "rebuild"), default="build"
+    )
     parser.add_argument("--out", type=Path, nargs="+", default=[BUILT], help="what is built")
     parser.add_argument("--bases", default=",".join(PLANS), help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
@@ -57,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written to {out}")
     elif args.action == "build":
         build(plans, args.out[0], args.jobs, args.arithmetic)
+    elif args.action == "tables":
+        print(tables(logged_columns(args.out)))
     elif args.action == "pack":
         print(tables(pack(plans, args.out, HERE)))
     else:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.population.build import (
+    COMMITTED,
     RUNS,
     base_folder,
     make_projector,
@@ -60,6 +61,13 @@ def pack(plans: Sequence[Plan], outs: Sequence[Path], to: Path) -> list[dict[str
     columns = [columns_of(row, rows) for row in rows]
     pq.write_table(pa.Table.from_pylist(columns), to / TABLE, compression="zstd")
     return columns
+
+
+def logged_columns(outs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of all runs that were made so far, by base and name, as the table would have them."""
+    logged = [run for out in outs for run in read_runs(out / RUNS)]
+    logged.sort(key=lambda run: (list(COMMITTED).index(run["base"]), run["name"]))
+    return [columns_of(run, logged) for run in logged]
 
 
 def columns_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
