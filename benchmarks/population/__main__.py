@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "action", nargs="?", choices=("build", "tables", "pack", "rebuild"), default="build"
-    )
+    actions = ("build", "tables", "pack", "rebuild")
+    parser.add_argument("action", nargs="?", choices=actions, default="build")
     parser.add_argument("--out", type=Path, nargs="+", default=[BUILT], help="what is built")
     parser.add_argument("--bases", default=",".join(PLANS), help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")

@@ -64,7 +64,7 @@ def pack(plans: Sequence[Plan], outs: Sequence[Path], to: Path) -> list[dict[str
 
 
 def logged_columns(outs: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of all runs that were made so far, by base and name, as the table would have them."""
+    """The rows of all runs that were made so far, by base and name, as in the table."""
     logged = [run for out in outs for run in read_runs(out / RUNS)]
     logged.sort(key=lambda run: (list(COMMITTED).index(run["base"]), run["name"]))
     return [columns_of(run, logged) for run in logged]
