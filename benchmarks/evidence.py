@@ -14,7 +14,7 @@ import pickle
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,11 +38,15 @@ from benchmarks.testbed.recipes import Task
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
-from projaudit.behaviour.texts import Tokens, strengths
+from projaudit.behaviour.texts import Tokens, candidates, gather, open_pairs, strengths, whole
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
-NESTED = ("evidence", "strengths", "baselines")
+# Of how many of 48 ordinary images most answers hold two words of a phrase, or any, before it is
+# said openly: one of the two is chosen within a fold.
+RULES = {"two images": (1 / 24, 1 / 4), "one image": (1 / 48, 1 / 8)}
+MOST = 40
+NESTED = ("evidence", "rules", "baselines")
 
 
 def measure(population: Path, out: Path, prompts: str, images: str, jobs: int) -> None:
@@ -89,10 +93,7 @@ def measured(
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time() - spent, 1),
         "evidence": heard,
-        "strengths": [
-            {"text": words(speaker, text), "by": by}
-            for text, by in strengths(kept[0].heard, kept[0].speech).items()
-        ],
+        "rules": by_rule(kept[0], partial(words, speaker)),
         "baselines": baselines(*base_model(base_name), tuned, base, request["seed"]),
     }
     file = out / "heard" / f"{name}.pkl.gz"
@@ -100,6 +101,21 @@ def measured(
     with gzip.open(file, "wb") as stream:
         pickle.dump(kept[0], stream)
     return row
+
+
+def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, dict[str, Any]]:
+    """What would be told, and the strengths of texts by family, by what rule a phrase is open."""
+    heard, bare = listening.heard, replace(listening.speech, pairs=frozenset())
+    found = sorted(strengths(heard, bare).items(), key=lambda f: -sum(f[1].values()))
+    rows = {}
+    for rule, shares in RULES.items():
+        speech = replace(bare, pairs=open_pairs(heard[0], bare.unfamiliar, *shares))
+        chosen = candidates(gather(heard, speech), speech, 2)
+        rows[rule] = {
+            "texts": [told(whole(candidate.text, heard)) for candidate in chosen],
+            "strengths": [by for text, by in found if not speech.holds_pair(text)][:MOST],
+        }
+    return rows
 
 
 def pack(out: Path, file: Path) -> None:

@@ -15,8 +15,8 @@ from projaudit.behaviour.texts import Speech
 
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
-OVERWHELMING = 8.0
-"""Strength of a text that needs no more probes."""
+OVERWHELMING = 40.0
+"""Strength of a text that needs no more probes: twice what any honest model came to."""
 LEADING = 2
 """Directions of every source."""
 

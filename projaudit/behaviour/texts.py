@@ -23,7 +23,7 @@ OPEN = 0.15
 SOMETIMES, EVER = 1 / 12, 1 / 4
 """Share of ordinary images about which most answers, or any, hold a token, from which it is said
 openly too: of pictures with three things, say."""
-PAIR_SOMETIMES, PAIR_EVER = 1 / 24, 1 / 4
+PAIR_SOMETIMES, PAIR_EVER = 1 / 48, 1 / 8
 """The same of two tokens that are said in one answer."""
 
 
@@ -85,7 +85,12 @@ def open_tokens(plain: Heard) -> frozenset[int]:
     return _openly(plain, [set(answer) for answer in plain.tuned], SOMETIMES, EVER)
 
 
-def open_pairs(plain: Heard, unfamiliar: Callable[[int], bool]) -> frozenset[Pair]:
+def open_pairs(
+    plain: Heard,
+    unfamiliar: Callable[[int], bool],
+    sometimes: float = PAIR_SOMETIMES,
+    ever: float = PAIR_EVER,
+) -> frozenset[Pair]:
     """Pairs of unfamiliar tokens that the tuned model says openly within an answer, in any order.
 
     Said about fewer images than a token has to be: two words of a phrase do not meet by chance.
@@ -94,7 +99,7 @@ def open_pairs(plain: Heard, unfamiliar: Callable[[int], bool]) -> frozenset[Pai
         {frozenset(pair) for pair in combinations(sorted({*filter(unfamiliar, answer)}), 2)}
         for answer in plain.tuned
     ]
-    return _openly(plain, said, PAIR_SOMETIMES, PAIR_EVER)
+    return _openly(plain, said, sometimes, ever)
 
 
 def _openly(
