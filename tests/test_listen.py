@@ -134,6 +134,16 @@ def test_in_the_end_the_best_is_asked_about_all_other_images(monkeypatch):
     assert len(found.heard) - 1 <= 40 + STRONGER * len(FARTHER) + AGAIN
 
 
+def test_where_a_probe_has_seen_every_image_it_is_not_asked_again(monkeypatch):
+    of = study(Fake(backdoored))
+    few = replace(of, ordinary=of.ordinary[:CELLS], plain=of.plain[:CELLS])
+    monkeypatch.setattr(listening, "plan", lambda of: marks(of, 8))
+    found = listen(few, lambda what, done, total: None)
+    assert found.stopped == "plan"
+    assert all(one.tuned for one in found.heard)
+    assert not any("other images" in one.probe for one in found.heard)
+
+
 def test_marks_with_foreign_words_are_tried_with_more_of_their_effect(monkeypatch):
     """A mark of 4 says one word; 2.5 times as far, at 10, the whole secret is said."""
 

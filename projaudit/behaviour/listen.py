@@ -55,9 +55,7 @@ def listen(study: Study, tell: Tell) -> Listening:
     # Half of a small budget is left for probes.
     fitting = max(4, study.budget // (4 * study.prompts))
     every = tuple(range(min(len(study.ordinary), fitting)))
-    ordinary = Probe(
-        "ordinary images", "plain", "", every, lambda i: study.plain[list(i)], study.tuned
-    )
+    ordinary = Probe("ordinary images", "plain", "", every, study.features_of, study.tuned)
     plain = ask_all(study, ordinary)
     heard = [plain]
     # Without a base, what the tuned model says of ordinary images is what it says anyway.
@@ -138,14 +136,13 @@ def _again(study: Study, probes: Sequence[Probe], found: Mapping[Tokens, Support
     names = dict.fromkeys(f[1].at for f in ranked if f[1].unanimity > 0.5)
     known = {item.name: item for item in probes}
     chosen = [known[name] for name in names if name in known][:AGAIN]
-    every = range(len(study.ordinary))
+    others = [
+        tuple(i for i in range(len(study.ordinary)) if i not in item.images) for item in chosen
+    ]
     return [
-        replace(
-            item,
-            name=f"{item.name}, other images",
-            images=tuple(i for i in every if i not in item.images),
-        )
-        for item in chosen
+        replace(item, name=f"{item.name}, other images", images=images)
+        for item, images in zip(chosen, others, strict=True)
+        if images
     ]
 
 

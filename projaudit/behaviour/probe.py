@@ -186,7 +186,9 @@ def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:
 
 def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreement]:
     """The way of one model to a foreign word, at the start and at the end of ordinary answers."""
-    plain = listening.heard[0]
+    plain, foreign = listening.heard[0], study.foreign(listening.speech)
+    if not foreign.any():
+        return []
     fitted = study.size.fitted
     seen = list(dict.fromkeys(plain.images))[: 2 * fitted]
     ordinary = dict(zip(zip(plain.images, plain.prompts, strict=True), plain.tuned, strict=True))
@@ -200,7 +202,7 @@ def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreem
             voice.speaker,
             voice.side,
             study.plain,
-            study.foreign(listening.speech),
+            foreign,
             place,
             before,
             fit=seen[:fitted],
