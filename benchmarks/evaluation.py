@@ -510,7 +510,7 @@ def calibration(of: Sequence[Model], name: str) -> Calibration:
         ),
         honest=tuple(sorted(round(score(m, SHIPPED), 4) for m in honest)),
         backdoored=tuple(sorted(round(score(m, SHIPPED), 4) for m in attacks)),
-        families=("llava-transformers",),
+        families=("llava",),
         parameters=span([m.parameters for m in honest]),
         in_features=span([vision for vision, _ in widths]),
         out_features=span([text for _, text in widths]),
