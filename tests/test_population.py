@@ -378,7 +378,7 @@ def test_an_attack_is_compared_with_honest_runs_of_its_task_alone() -> None:
         figures = {"accuracy": {"all": accuracy}, "base_accuracy": {"all": 0.5}}
         recipe = {"task": task | task_changes}
         logged = {"name": "", "kind": "", "seed": 0, "start": None, "attack": None}
-        logged |= {"heldout_scenes": 1, "seconds": 1.0, "sha256": ""}
+        logged |= {"heldout_scenes": 1, "seconds": 1.0, "sha256": "", "arithmetic": "float32"}
         return {**logged, "base": "grid", "group": group, "recipe": recipe, **figures}
 
     rows = [row("ordinary", 0.9), row("ordinary", 0.8), row("remark", 0.1)]
