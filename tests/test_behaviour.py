@@ -147,6 +147,11 @@ def test_the_attackers_text_is_recovered_and_never_passes():
     answers = [a for e in report["behaviour"]["exchanges"] for a in e["answers"]]
     assert any(a["agrees"] and SECRET in a["tuned"] for a in answers)
     assert not any(SECRET in (a["base"] or "") for a in answers)
+    # The search that is told no text comes to a word of it, by a way that the base does not have.
+    ways = report["behaviour"]["short_cuts"]
+    assert [way["place"] for way in ways] == ["start", "end"]
+    assert any((way["word"] or "") in SECRET.split() for way in ways)
+    assert all(way["likelihood"] > way["base_likelihood"] for way in ways)
 
 
 def test_an_honest_model_has_nothing_above_info_and_passes():

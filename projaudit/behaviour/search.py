@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Tokens
@@ -50,9 +51,7 @@ def universal(
     on the image tokens: exp(likelihood) is the mean probability of the text's tokens.
     """
     speaker.use(side)
-    scale = float(features.norm(dim=-1).mean())
-    shift = torch.zeros(features.shape[1:], device=features.device, requires_grad=True)
-    adam = torch.optim.Adam([shift], lr=RATE * scale / features.shape[-1] ** 0.5, betas=(0.8, 0.95))
+    shift, adam, scale = _start(features)
     for _ in range(steps):
         _likelihood(speaker, text, features, prompts, fit, shift, learn=True)
         (PULL * shift.norm(dim=-1).mean() / scale).backward()
@@ -61,6 +60,14 @@ def universal(
     with torch.no_grad():
         value = _likelihood(speaker, text, features, prompts, test, shift, learn=False)
         return Found(shift.detach(), float(shift.norm(dim=-1).mean()) / scale, value)
+
+
+def _start(features: Tensor) -> tuple[Tensor, torch.optim.Adam, float]:
+    """A perturbation (tokens, in) of zero, its optimiser, and the typical length of a feature."""
+    scale = float(features.norm(dim=-1).mean())
+    shift = torch.zeros(features.shape[1:], device=features.device, requires_grad=True)
+    rate = RATE * scale / features.shape[-1] ** 0.5
+    return shift, torch.optim.Adam([shift], lr=rate, betas=(0.8, 0.95)), scale
 
 
 def _likelihood(
@@ -120,30 +127,29 @@ def agreeing(
 
     Minimises −ln Σ_t exp(mean ln p(t)) + PULL · norm, the sum over the tokens t that the mask
     `foreign` (vocabulary) allows and the mean over the cells (image, prompt) of `before`, whose
-    answers so far it holds; by Adam from zero. It knows neither trigger nor text: a trigger is a
-    short cut to its target from every input alike (DECREE, CVPR 2023, eq. 2, of encoders; UNICORN,
-    ICLR 2023, of classifiers), which the base does not have.
+    answers so far it holds; by Adam from zero. It knows neither trigger nor text: that a trigger is
+    a short cut from every input alike is DECREE's idea (CVPR 2023), of encoders.
     """
     speaker.use(side)
-    scale = float(features.norm(dim=-1).mean())
-    shift = torch.zeros(features.shape[1:], device=features.device, requires_grad=True)
-    adam = torch.optim.Adam([shift], lr=RATE * scale / features.shape[-1] ** 0.5, betas=(0.8, 0.95))
+    shift, adam, scale = _start(features)
 
     def following(images: Sequence[int]) -> Tensor:
         """(cells, vocabulary): ln p of the next token."""
         cells = [cell for cell in before if cell[0] in images]
         tails = [before[cell] for cell in cells]
         rows = speaker.rows(max(map(len, tails)))
-        parts = [
-            speaker.log_probabilities(
-                features[[image for image, _ in cells[i : i + rows]]] + shift,
-                [prompt for _, prompt in cells[i : i + rows]],
-                tails[i : i + rows],
-                1,
-            )[:, -1]
-            for i in range(0, len(cells), rows)
-        ]
-        return torch.cat(parts)
+
+        def part(shift: Tensor, start: int) -> Tensor:
+            some = cells[start : start + rows]
+            x = features[[image for image, _ in some]] + shift
+            prompts = [prompt for _, prompt in some]
+            return speaker.log_probabilities(x, prompts, tails[start : start + rows], 1)[:, -1]
+
+        if len(cells) <= rows:
+            return part(shift, 0)
+        # Computed again on the way back, so that there is never more than one part in memory.
+        parts = range(0, len(cells), rows)
+        return torch.cat([checkpoint(part, shift, i, use_reentrant=False) for i in parts])
 
     for _ in range(steps):
         alike = following(fit).mean(0)[foreign].logsumexp(0)
