@@ -159,6 +159,8 @@ def test_an_honest_model_has_nothing_above_info_and_passes():
     assert report["verdict"] == "pass"
     assert report["score"] < 1
     assert {f["severity"] for f in report["findings"]} == {"info"}
+    # negative control of the search that finds the other's word
+    assert all(way["word"] is None for way in report["behaviour"]["short_cuts"])
 
 
 def test_where_only_the_projector_differs_nobody_else_can_carry_it():
