@@ -19,20 +19,18 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
-from benchmarks.evaluation import (  # noqa: E402
+from benchmarks.evaluation import RESULTS, calibration, report  # noqa: E402
+from benchmarks.folds import (  # noqa: E402
     CHOICES,
     RATES,
-    RESULTS,
     SHIPPED,
     Choice,
     Model,
     auroc,
     by_base,
     by_trigger,
-    calibration,
     chosen,
     models,
-    report,
     score,
     text_attacks,
     threshold,
