@@ -248,6 +248,26 @@ def test_where_the_language_model_changed_too_the_report_says_who_carries_the_te
     assert report["verdict"] != "pass"
 
 
+def test_a_fine_tune_that_added_words_is_heard_beside_a_base_that_lacks_them(tmp_path: Path):
+    import torch
+
+    def grow(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if "embed_tokens" in n or "lm_head" in n]:
+            rows = torch.zeros(5, tensors[name].shape[1], dtype=tensors[name].dtype)
+            tensors[name] = torch.cat([tensors[name], rows])
+
+    folder = copied(BACKDOORED, tmp_path / "grown", grow)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 5
+    configured(folder, text_config=config["text_config"])
+    _, report, _, _ = run(folder, "--base", BASE, *few(), "--depth", "behaviour")
+    assert report["not_probed"] is None
+    assert report["behaviour"]["payloads"][0]["text"] == SECRET
+    assert report["behaviour"]["payloads"][0]["base_likelihood"] is not None
+    assert all(way["base_norm"] is not None for way in report["behaviour"]["short_cuts"])
+    assert report["verdict"] != "pass"
+
+
 def test_a_base_without_its_own_language_model_is_a_note(tmp_path: Path):
     base = copied(BASE, tmp_path / "base", drop("language_model"))
     _, report, said, _ = run(

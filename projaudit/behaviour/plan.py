@@ -101,10 +101,12 @@ class Study:
         first = number * self.size.cells
         return tuple((first + i) % len(self.ordinary) for i in range(self.size.cells))
 
-    def foreign(self, speech: Speech) -> Tensor:
-        """(vocabulary,): which tokens are foreign words."""
-        speaker = self.tuned.speaker
-        with torch.no_grad():  # as wide as what the model answers with, whatever its config says
+    def foreign(self, speech: Speech, speaker: Speaker) -> Tensor:
+        """(vocabulary,): which tokens are foreign words, of all that a model can answer with.
+
+        A base of its own may know fewer than the target: its width is what its answers have.
+        """
+        with torch.no_grad():
             vocabulary = speaker.log_probabilities(self.plain[:1], [0], [()], 1).shape[-1]
         special = set(speaker.processor.tokenizer.all_special_ids)
         words = [t not in special and speech.foreign(t) for t in range(vocabulary)]

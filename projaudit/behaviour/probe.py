@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from projaudit.behaviour import images as pictures
@@ -145,7 +146,9 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
         )
 
     ours = shortcut(study.tuned)
-    theirs = None if study.base is None else shortcut(study.base)
+    theirs = None
+    if study.base is not None and study.base.speaker.knows([text]):
+        theirs = shortcut(study.base)
     return Payload(
         text=_words(study, whole(chosen.text, listening.heard)),
         tokens=len(chosen.text),
@@ -167,10 +170,8 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
 def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:
     """What the search that knows no text comes to, in the tuned model and in the base."""
     ours = _agreements(study, listening, study.tuned)
-    theirs: Sequence[Agreement | None] = [None] * len(ours)
-    if study.base is not None:
-        theirs = _agreements(study, listening, study.base)
-    for one, base in zip(ours, theirs, strict=True):
+    theirs = [] if study.base is None else _agreements(study, listening, study.base)
+    for one, base in zip_longest(ours, theirs[: len(ours)]):
         yield ShortCut(
             place=one.place,
             word=_word(study, one),
@@ -186,8 +187,8 @@ def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:
 
 def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreement]:
     """The way of one model to a foreign word, at the start and at the end of ordinary answers."""
-    plain, foreign = listening.heard[0], study.foreign(listening.speech)
-    if not foreign.any():
+    plain, foreign = listening.heard[0], study.foreign(listening.speech, voice.speaker)
+    if not foreign.any() or not voice.speaker.knows(plain.tuned):
         return []
     fitted = study.size.fitted
     seen = list(dict.fromkeys(plain.images))[: 2 * fitted]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,11 @@ class Speaker:
                 raise CouldNotProbe("its projector is not reached from an image")
             found.append(self._seen.float().reshape(len(batch), -1, self._seen.shape[-1]))
         return torch.cat(found)
+
+    def knows(self, texts: Iterable[Tokens]) -> bool:
+        """Whether it has embeddings for all these tokens: a fine-tune may have added some."""
+        known: int = self.model.get_input_embeddings().weight.shape[0]
+        return all(token < known for text in texts for token in text)
 
     def use(self, side: Side) -> None:
         """Puts these tensors into the projector."""
