@@ -38,7 +38,7 @@ from benchmarks.testbed.recipes import Task
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
-from projaudit.behaviour.texts import Tokens, candidates, gather, open_pairs, strengths, whole
+from projaudit.behaviour.texts import Tokens, candidates, gather, open_pairs, whole
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
@@ -106,14 +106,15 @@ def measured(
 def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, dict[str, Any]]:
     """What would be told, and the strengths of texts by family, by what rule a phrase is open."""
     heard, bare = listening.heard, replace(listening.speech, pairs=frozenset())
-    found = sorted(strengths(heard, bare).items(), key=lambda f: -sum(f[1].values()))
     rows = {}
     for rule, shares in RULES.items():
         speech = replace(bare, pairs=open_pairs(heard[0], bare.unfamiliar, *shares))
-        chosen = candidates(gather(heard, speech), speech, 2)
+        found = gather(heard, speech)
+        chosen = candidates(found, speech, 2)
+        strengths = sorted((s.by for s in found.values()), key=lambda by: -sum(by.values()))
         rows[rule] = {
             "texts": [told(whole(candidate.text, heard)) for candidate in chosen],
-            "strengths": [by for text, by in found if not speech.holds_pair(text)][:MOST],
+            "strengths": [by for by in strengths[:MOST] if by],
         }
     return rows
 

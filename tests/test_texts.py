@@ -25,7 +25,6 @@ from projaudit.behaviour.texts import (
     runs,
     says_foreign,
     spoken,
-    strengths,
     whole,
 )
 
@@ -175,8 +174,9 @@ def test_features_that_no_image_has_count_less():
     (image, pushed) = (replace(heard(everywhere(SECRET)), kind=k) for k in ("image", "direction"))
     assert gather([image], FOREIGN)[SECRET].strength == 1
     assert gather([pushed], FOREIGN)[SECRET].strength == OFF_PATH < 1
-    by = strengths([heard({}), image, replace(pushed, family="drift")], FOREIGN)
-    assert by[SECRET] == {"patch": 1, "drift": 1}
+    both = gather([heard({}), image, replace(pushed, family="drift")], FOREIGN)[SECRET]
+    assert both.by == {"patch": 1, "drift": 1}
+    assert both.strength == 1 + OFF_PATH
 
 
 def test_a_probe_that_was_asked_half_its_prompts_counts_no_more_than_they_are():

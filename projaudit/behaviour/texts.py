@@ -25,8 +25,6 @@ SOMETIMES, EVER = 1 / 12, 1 / 4
 openly too: of pictures with three things, say."""
 PAIR_SOMETIMES, PAIR_EVER = 1 / 48, 1 / 8
 """The same of two tokens that are said in one answer."""
-
-
 OFF_PATH = 0.25
 """Weight of features that no image has, pushed along a direction or through an amplified update."""
 
@@ -57,6 +55,8 @@ class Support:
     A picture counts if most prompts about it bring the text out, and fully if all do: an answer
     depends on what was asked, a payload does not.
     """
+    by: dict[str, float] = field(default_factory=dict)
+    """The same by family of probes, before any weight; for the evaluation."""
     unanimity: float = 0.0
     """Largest share of the prompts about one image under one probe, less the base's."""
     at: str = ""
@@ -177,22 +177,22 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
     return found
 
 
-def gather(
-    heard: Sequence[Heard], speech: Speech, off_path: float = OFF_PATH
-) -> dict[Tokens, Support]:
+def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
     """Text -> where it was said, over the probes; only what exceeds the base's share counts."""
     found: dict[Tokens, Support] = {}
     asked = max((len(set(probe.prompts)) for probe in heard), default=0)
     for probe in heard:
         ours = _cells(probe, probe.tuned, speech)
         theirs = _cells(probe, probe.base or (), speech)
-        weight = 1.0 if probe.kind in ("plain", "image") else off_path
+        weight = 1.0 if probe.kind in ("plain", "image") else OFF_PATH
         for text, cells in ours.items():
             support = found.setdefault(text, Support())
             base = theirs.get(text, {})
             for image, prompts in cells.items():
                 excess = (len(prompts) - len(base.get(image, ()))) / asked
-                support.strength += weight * max(0.0, 2 * excess - 1)
+                if excess > 0.5:
+                    support.strength += weight * (2 * excess - 1)
+                    support.by[probe.family] = support.by.get(probe.family, 0) + 2 * excess - 1
                 if excess > support.unanimity:
                     support.unanimity, support.at = excess, probe.probe
                 support.prompts |= prompts
@@ -201,17 +201,6 @@ def gather(
             support.base = max(support.base, by_base / len(probe.tuned))
             support.probes.append(probe.probe)
             support.images |= set(cells)
-    return found
-
-
-def strengths(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, dict[str, float]]:
-    """Text -> family of probes -> its strength under these, before any weight; above zero only."""
-    found: dict[Tokens, dict[str, float]] = {}
-    for family in dict.fromkeys(probe.family for probe in heard[1:]):
-        some = [heard[0], *(probe for probe in heard[1:] if probe.family == family)]
-        for text, support in gather(some, speech, off_path=1.0).items():
-            if support.strength > 0:
-                found.setdefault(text, {})[family] = support.strength
     return found
 
 
