@@ -15,12 +15,13 @@ from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import code_of, compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
 from projaudit.evidence import Evidence
+from projaudit.explain import Explanation, explain
 from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
 from projaudit.policy import RuleSet, load_policy
-from projaudit.projector import Projector, locate
+from projaudit.projector import Projector, locate, require_readable
 from projaudit.readings import Reading
 from projaudit.report import (
     Coverage,
@@ -120,6 +121,25 @@ def check(
             ruleset = replace(ruleset, fail_on=fail_on)
         with session.stage("judge"):
             return _report(session, ruleset, audit, asked, exit_zero, started)
+
+
+def explained(
+    target: str, revision: str | None = None, *, offline: bool | None = None
+) -> Explanation:
+    """Where the projectors of `target` were found, why, and what was nearly taken; by its headers.
+
+    Raises a ProjauditError where it cannot be read.
+    """
+    settings = settle({}, device=None, rank=None, seed=None, verify=None, offline=offline)
+    with Session(settings, None, None) as session:
+        checkpoint = open_checkpoint(session.source(parse_ref(target, revision)))
+        reading = checkpoint.readings[0]
+        shapes = {name: info.shape for name, info in reading.tensors.items()}
+        try:
+            return explain(shapes, checkpoint.config)
+        except ProjauditError as error:
+            error.file = error.file or clean(checkpoint.source.name)
+            raise
 
 
 def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Report:
@@ -279,7 +299,10 @@ def _bases(
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
     shapes = {name: info.shape for name, info in reading.tensors.items()}
     try:
-        return locate(shapes, checkpoint.config)
+        found = locate(shapes, checkpoint.config)
+        for projector in found:
+            require_readable(projector)
+        return found
     except ProjauditError as error:
         error.file = error.file or clean(checkpoint.source.name)
         raise
@@ -290,10 +313,10 @@ def _no_projector(target: Checkpoint) -> NothingError:
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     what = f" ({clean(named)})" if named else ""
     return NothingError(
-        f"has no LLaVA-family projector{what} among {len(target.readings[0].tensors)} tensors",
+        f"has no projector{what} among {len(target.readings[0].tensors)} tensors",
         "projector",
         file=clean(target.source.name),
-        remedy="only LLaVA-style models are read so far; a text model has nothing to audit",
+        remedy="a text model has nothing to audit",
     )
 
 
@@ -334,7 +357,7 @@ def _opened(session: Session, candidate: Candidate) -> _Base:
                 asked or str(candidate.ref.repo), checkpoint, projectors, provenance, circular
             )
     raise BaseError(
-        "has no LLaVA-family projector" + (", nor has any base of it" if len(chain) > 1 else ""),
+        "has no projector" + (", nor has any base of it" if len(chain) > 1 else ""),
         "no-projector",
         file=clean(first.name),
         remedy="name the multimodal model that this one was made from with --base",

@@ -518,6 +518,73 @@ def _known_rules(folder: Path | None) -> Any:
     return load_policy("structure", METRICS, folder).rules
 
 
+@cli.group()
+def families() -> None:
+    """The projector families that are known: list them, read one, explain a match."""
+
+
+@families.command("list")
+def list_families() -> None:
+    """One line per family: name, forward path, architectures."""
+    from projaudit.projector import families as known
+
+    for family in known():
+        names = ", ".join(family.architectures)
+        _print(f"{family.name:<18} {' → '.join(family.chain):<44} {names}")
+
+
+@families.command("show")
+@click.argument("family")
+def show_family(family: str) -> None:
+    """How a family's projector is named and wired, and where that was read."""
+    from projaudit.projector import families as known
+
+    found = next((f for f in known() if f.name == family), None)
+    if found is None:
+        raise UsageError(
+            f"there is no family {clean(family)!r}", "family", remedy="see `families list`"
+        )
+    _print(f"{found.name}: {', '.join(found.architectures)}")
+    _print(f"  module   {', '.join(prefix + found.word for prefix in found.prefixes)}")
+    for kind, roles in (
+        ("norms", found.norms),
+        ("layers", found.linears),
+        ("vectors", found.vectors),
+    ):
+        for role, names in roles.items():
+            _print(f"  {kind:<8} {role}: {', '.join(name or 'the module' for name in names)}")
+    keys = "".join(f", or as {key} says" for key in found.act_keys)
+    _print(f"  path     {' → '.join(found.chain)}")
+    _print(f"  $act     {found.act_default}{keys}")
+    _print(f"  source   {found.source}")
+
+
+@families.command("explain")
+@click.argument("target")
+@_option("--revision", metavar="REV", help="Branch, tag or commit.")
+@_option("--offline/--online", default=None, help="Only what is on this machine.")
+def explain_target(target: str, revision: str | None, offline: bool | None) -> None:
+    """Where TARGET's projector was found and why, and what was nearly taken."""
+    from projaudit.audit import explained
+
+    found = explained(target, revision, offline=offline)
+    if not found.found:
+        _print("no projector")
+    for projector, why in found.found:
+        _print(f"{projector.family}, {projector.kind}: {why}")
+        path = " → ".join(projector.chain) or "not known"
+        widths = f"{projector.in_features} → {projector.out_features} features"
+        _print(f"  {clean(projector.prefix) or 'several modules'}, {widths}, forward path: {path}")
+        for name in projector.tensors:
+            _print(f"    {clean(name)}")
+        for name in projector.unexpected:
+            _print(f"    {clean(name)}, which the family does not know")
+    if found.near:
+        _print("not taken:")
+    for name, why in found.near:
+        _print(f"  {name} {why}")
+
+
 @cli.command()
 @_option("--output", "-o", default="projaudit-demo", show_default=True, metavar="DIR")
 @_option("--seed", type=int, default=0, show_default=True)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.inert import clean
+from projaudit.position import module_of, positioned, text_widths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Wrappers of training frameworks (DDP, compile, FSDP, PEFT), in front of any family's prefix.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+# Leaves of adapters as peft writes them, and of packed weights as quantisers do.
+_ADAPTER = re.compile(
+    r"\.lora_[A-Z]\b|\.lora_magnitude|\.(hada|lokr)_w|\.(ia3_l|hra_u|vera_lambda)"
+)
+_PACKED = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|qweight|qzeros|scales"
+    r"|g_idx|weight_scale_inv|weight_scale|input_scale|output_scale|weight_packed|weight_shape"
+    r"|weight_global_scale|input_global_scale|weight_zero_point|weight_g_idx|W_q|codes|codebooks"
+    r"|_data|_scale|biases)$|\.quant_state\.|" + _ADAPTER.pattern
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Family:
     linears: Mapping[str, tuple[str, ...]]
     norms: Mapping[str, tuple[str, ...]]
     vectors: Mapping[str, tuple[str, ...]]
+    any_depth: bool
+    """Whether the last of its layers may be absent."""
     chain: tuple[str, ...]
     act_keys: tuple[str, ...]
     act_default: str
@@ -54,7 +69,7 @@ class Projector:
 
     family: str
     kind: str
-    """`linear`, `mlp2`, `mlp3`, …; `norm+` in front where a norm comes first."""
+    """`linear`, `mlp2`, `mlp3`, …; `norm+` in front where a norm comes first; `5 matrices`."""
     prefix: str
     linears: tuple[Linear, ...]
     vectors: Mapping[str, str]
@@ -65,16 +80,18 @@ class Projector:
     """Epsilon of its norm layers."""
     unexpected: tuple[str, ...] = ()
     """Tensors inside the projector's module that the family does not know."""
+    packed: tuple[str, ...] = ()
+    """Tensors that hold weights in a way that is not read: quantised, or an adapter's."""
 
     @property
     def in_features(self) -> int:
-        """Width of what the encoder hands over."""
-        return self.linears[0].shape[1]
+        """Width of what the encoder hands over; 0 where no matrix says."""
+        return self.linears[0].shape[1] if self.linears else 0
 
     @property
     def out_features(self) -> int:
-        """Width of the language model's embeddings."""
-        return self.linears[-1].shape[0]
+        """Width of the language model's embeddings; 0 where no matrix says."""
+        return self.linears[-1].shape[0] if self.linears else 0
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -104,6 +121,7 @@ def _family(entry: dict[str, Any]) -> Family:
         linears=names("linears"),
         norms=names("norms"),
         vectors=names("vectors"),
+        any_depth=entry.get("depth") == "any",
         chain=tuple(entry["chain"]),
         act_keys=tuple(entry["act"]["keys"]),
         act_default=entry["act"]["default"],
@@ -115,24 +133,39 @@ def _family(entry: dict[str, Any]) -> Family:
 def locate(
     shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None = None
 ) -> tuple[Projector, ...]:
-    """The projectors among tensors of these names and shapes, by family; empty if there is none.
+    """The projectors among tensors of these names and shapes; empty if there is none.
 
-    `config` is the parsed config.json: it decides between families of the same names and gives
-    the activation. Raises FormatError where a projector is incomplete or its layers do not chain,
-    UnsupportedError where its weights are packed in a way that is not read.
+    By family; and what no family describes, by its position between two models, as `family`
+    `unknown` (`position.py`). `config` is the parsed config.json: it decides between families of
+    the same names, and gives the activation and the language model's width. Raises FormatError
+    where a projector is incomplete or its layers do not chain.
     """
     _check_config(config or {})
     architectures = set(_strings((config or {}).get("architectures")))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
     for family in known:
-        for module, names in _modules(family, shapes).items():
+        for module, names in modules(family, shapes).items():
             if module in found:
                 continue
-            projector = _match(family, module, names, shapes, config or {})
-            if projector is not None:
+            declared = bool(architectures & set(family.architectures))
+            try:
+                projector = match(family, module, names, shapes, config or {})
+            except FormatError:
+                if declared:
+                    raise
+                continue  # another family's, that happens to use these names
+            if projector is not None and (declared or not projector.unexpected):
                 found[module] = projector
-    return tuple(found[module] for module in sorted(found))
+    known_modules = tuple(f"{module}." for module in found)
+    taken = {name for projector in found.values() for name in projector.tensors}
+    for group in positioned(shapes, config):
+        rest = [name for name in group if name not in taken and not name.startswith(known_modules)]
+        if rest:
+            projector = _unknown(rest, shapes, text_widths(shapes, config or {}))
+            found[rest[0] if projector.prefix in found else projector.prefix] = projector
+    # Those whose function is known come first: what runs the model runs one.
+    return tuple(found[module] for module in sorted(found, key=lambda m: (not found[m].chain, m)))
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -148,7 +181,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise FormatError("has a value of the wrong type", "config", field=key)
 
 
-def _modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]:
+def modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]:
     """Module path -> tensors below it, for every place where the family's module may stand."""
     modules: dict[str, list[str]] = {}
     for name in names:
@@ -164,13 +197,17 @@ def _modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]
     return modules
 
 
-def _match(
+def match(
     family: Family,
     module: str,
     names: list[str],
     shapes: Mapping[str, Sequence[int]],
     config: Mapping[str, Any],
 ) -> Projector | None:
+    """The projector that a family makes of a module's tensors; None where they are of another.
+
+    Raises FormatError where layers are missing or do not chain.
+    """
     rest = set(names)
 
     def take(locals_: Sequence[str], leaf: str) -> str | None:
@@ -184,30 +221,18 @@ def _match(
     norms: dict[str, str] = {}
     for role, locals_ in family.norms.items():
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
-        if weight is None:
+        if weight is None or bias is None:
             return None  # another family with the same module name
-        norms[f"{role}.weight"] = weight
-        if bias is not None:
-            norms[f"{role}.bias"] = bias
-    if packed := _packed(family, module, names):
-        raise UnsupportedError(
-            f"{clean(packed)} is quantised or packed, which is not read yet",
-            "quantised",
-            field=clean(module),
-            remedy="check the full-precision repository that it was made from",
-        )
+        norms |= {f"{role}.weight": weight, f"{role}.bias": bias}
+    if _packed(family, module, names):
+        return None  # by its position, so that all that is packed is taken
     linears = []
     for role, locals_ in family.linears.items():
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
         if weight is not None:
             shape = tuple(shapes[weight])
             if 0 in shape:
-                raise FormatError(
-                    f"is saved empty, with shape {list(shape)}",
-                    "projector",
-                    field=clean(weight),
-                    remedy="gather the weights before saving (ZeRO-3 leaves empty tensors)",
-                )
+                raise _saved_empty(weight, shape)
             if len(shape) != 2:
                 return None  # a norm or a convolution where this family has a linear layer
             linears.append(Linear(role, weight, bias, (shape[0], shape[1])))
@@ -219,11 +244,13 @@ def _match(
         return None
     expected = list(family.linears)[: len(linears)]
     if [layer.role for layer in linears] != expected or (
-        family.name != "llava-original" and len(linears) < len(family.linears)
+        not family.any_depth and len(linears) < len(family.linears)
     ):
         missing = next(r for r in family.linears if r not in {layer.role for layer in linears})
         raise FormatError(f"layer {missing} is missing", "projector", field=clean(module))
     _check_chain(module, linears, shapes)
+    if any(tuple(shapes[name]) != (linears[0].shape[1],) for name in norms.values()):
+        return None  # a norm of another width, before its tokens are merged
     vectors = dict(norms)
     for role, full_names in family.vectors.items():
         wrapper = module[: module.index(family.word)]
@@ -243,6 +270,56 @@ def _match(
     )
 
 
+def _unknown(
+    names: Sequence[str], shapes: Mapping[str, Sequence[int]], widths: Set[int]
+) -> Projector:
+    """A projector of no family: every matrix a layer, its forward path not known.
+
+    A convolution (out, in, …) is the matrix (out, in·…), and queries (1, n, d) are (n, d). First
+    comes a matrix that takes what none of the others gives, last one that gives a width of the
+    language model.
+    """
+    packed = tuple(name for name in names if _PACKED.search(name))
+    prefix = _common([module_of(name) for name in names])
+    linears, taken = [], set()
+    for name in names:
+        rows = [size for i, size in enumerate(shapes[name]) if size != 1 or i == 1]
+        if 0 in rows and not packed:
+            raise _saved_empty(name, shapes[name])
+        if len(rows) < 2:
+            continue
+        bias = f"{module_of(name)}.bias"
+        fits = bias in names and name != bias and tuple(shapes[bias]) == (rows[0],)
+        role, shape = _local(module_of(name), prefix), (rows[0], math.prod(rows[1:]))
+        linears.append(Linear(role, name, bias if fits else None, shape))
+        taken |= {name, bias} if fits else {name}
+    given = {layer.shape[0] for layer in linears}
+    first = [layer for layer in linears if layer.shape[1] not in given][:1]
+    last = [layer for layer in linears if layer.shape[0] in widths and layer not in first][-1:]
+    ordered = [*first, *(layer for layer in linears if layer not in first + last), *last]
+    return Projector(
+        family="unknown",
+        kind="linear" if len(linears) == 1 else f"{len(linears)} matrices",
+        prefix=prefix,
+        linears=tuple(ordered),
+        vectors={_local(name, prefix): name for name in names if name not in taken},
+        chain=(),
+        packed=packed,
+    )
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The module that holds all of these; empty where they stand in several."""
+    parts = [path.split(".") for path in paths]
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return ".".join(column[0] for column in shared)
+
+
+def _local(path: str, prefix: str) -> str:
+    """A path within its projector; the last word of the projector's own where it is that."""
+    return path.removeprefix(prefix).strip(".") or prefix.rpartition(".")[2]
+
+
 def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
     """A tensor of a linear layer that is neither its weight nor its bias: scales, codes, zeros."""
     layers = {f"{module}.{local}." for found in family.linears.values() for local in found if local}
@@ -255,6 +332,42 @@ def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
             if name.startswith(layer) and name[len(layer) :] not in leaves
         ),
         None,
+    )
+
+
+def require_readable(projector: Projector) -> None:
+    """Raises UnsupportedError where a projector has no matrix, or they are quantised, packed or an
+    adapter's."""
+    if not projector.packed:
+        if not projector.linears:
+            raise UnsupportedError(
+                "has the place of a projector and no matrix in it",
+                "projector",
+                field=clean(projector.prefix),
+            )
+        return
+    name = projector.packed[0]
+    if _ADAPTER.search(name):
+        raise UnsupportedError(
+            f"{clean(name)} is an adapter's, which is not merged yet",
+            "adapter",
+            field=clean(projector.prefix),
+            remedy="merge it into its base and check the result",
+        )
+    raise UnsupportedError(
+        f"{clean(name)} is quantised or packed, which is not read yet",
+        "quantised",
+        field=clean(projector.prefix),
+        remedy="check the full-precision repository that it was made from",
+    )
+
+
+def _saved_empty(name: str, shape: Sequence[int]) -> FormatError:
+    return FormatError(
+        f"is saved empty, with shape {list(shape)}",
+        "projector",
+        field=clean(name),
+        remedy="gather the weights before saving (ZeRO-3 leaves empty tensors)",
     )
 
 

@@ -178,9 +178,8 @@ def pair(
         other = base_layers[layer.role]
         stored, stored_base = target_tensors[layer.weight], base_tensors[other.weight]
         changed, floor = rounding(stored_base, stored)
-        before, after = side(base_tensors, other.weight), side(target_tensors, layer.weight)
-        assert before is not None
-        assert after is not None
+        before = stored_base.to(device, torch.float32).reshape(layer.shape)
+        after = stored.to(device, torch.float32).reshape(layer.shape)
         layers.append(
             LayerUpdate(
                 role=layer.role,
@@ -344,12 +343,26 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
+def neighbours(first: str, second: str, chain: tuple[str, ...]) -> bool:
+    """Whether the chain leads from one layer through one activation into the other."""
+    return any(
+        (a, b) == (first, second) and step.startswith("act:")
+        for a, step, b in zip(chain, chain[1:], chain[2:], strict=False)
+    )
+
+
 def _aligned(
     layers: list[LayerUpdate], chain: tuple[str, ...], embedding_rows: EmbeddingRows
 ) -> tuple[LayerUpdate, ...]:
-    """The layers with hidden permutations, ReLU scalings and output rotations undone."""
+    """The layers with hidden permutations, ReLU scalings and output rotations undone.
+
+    Units between two layers are interchangeable where one activation stands between them, and the
+    output turns with the embeddings where the chain ends: none of it where no chain is known.
+    """
     for i in range(len(layers) - 1):
         first, second = layers[i], layers[i + 1]
+        if not neighbours(first.role, second.role, chain):
+            continue
         order = align.hidden_permutation(
             first.before, first.after, first.before_bias, first.after_bias
         )
@@ -381,7 +394,9 @@ def _aligned(
                 second = replace(second, after=second.after * scale)
         layers[i], layers[i + 1] = first, second
     last = layers[-1]
-    if align.far(last.before, last.after):  # embedding rows are fetched for a suspicion only
+    if chain[-1:] == (last.role,) and align.far(
+        last.before, last.after
+    ):  # embedding rows are fetched for a suspicion only
         rows = embedding_rows()
         rotation = align.output_rotation(last.before, last.after, *rows) if rows else None
         if rotation is not None:

@@ -96,14 +96,19 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
     R^h (for more than two layers, that of one pair).
     """
     from projaudit.linalg import overlap
+    from projaudit.update import neighbours
 
     layers = ctx.update.layers
     if ctx.update.nonfinite:
         raise Skip("the target's projector has NaN or Inf entries")
     if len(layers) < 2:
         raise Skip("the projector has one layer")
+    if not ctx.update.chain:
+        raise Skip("the projector's forward path is not known")
     found = []
     for first, second in pairwise(layers):
+        if not neighbours(first.role, second.role, ctx.update.chain):
+            continue
         if first.spectrum.frobenius == 0.0 or second.spectrum.frobenius == 0.0:
             continue
         k = min(SUBSPACE_RANK, len(first.spectrum.values), len(second.spectrum.values))

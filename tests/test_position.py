@@ -1,0 +1,315 @@
+"""Where projectors stand: the layouts of the field, by name and position, with no family's help."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CONFIG, llava, save
+
+import projaudit
+from projaudit.errors import ProjauditError
+from projaudit.findings import Verdict
+from projaudit.position import positioned, text_widths
+from projaudit.projector import families, locate
+from projaudit.update import LayerUpdate, pair
+
+DATA = Path(__file__).parent / "data"
+Tensors = list[tuple[str, list[int], str]]
+"""Name, shape, and whether it is a projector's (P), may be one (O), or must not be taken (N)."""
+Record = dict[str, Any]
+
+
+@cache
+def records() -> list[tuple[Record, Tensors]]:
+    """480 layouts of published checkpoints with what of each is its projector."""
+    facts = json.loads(gzip.decompress((DATA / "projectors.json.gz").read_bytes()))
+    lines = gzip.decompress((DATA / "projector_layouts.jsonl.gz").read_bytes()).splitlines()
+    tensors = {row["id"]: row["tensors"] for row in map(json.loads, lines)}
+    return [(fact, tensors[fact["id"]]) for fact in facts]
+
+
+def hard() -> list[tuple[Record, Tensors]]:
+    return [(fact, tensors) for fact, tensors in records() if fact["strictness"] == "hard"]
+
+
+def config_of(fact: Record) -> dict[str, Any]:
+    """The least config.json that says what the record knows."""
+    config = {"model_type": fact["model_type"], "architectures": fact["architectures"]}
+    if fact["text_hidden"]:
+        config["text_config"] = {"hidden_size": fact["text_hidden"]}
+    if fact["encoder_hidden"]:
+        config["vision_config"] = {"hidden_size": fact["encoder_hidden"]}
+    return config
+
+
+Finder = Callable[[dict[str, tuple[int, ...]], Mapping[str, Any] | None], set[str]]
+
+
+def by_position(shapes: dict[str, tuple[int, ...]], config: Mapping[str, Any] | None) -> set[str]:
+    return {name for group in positioned(shapes, config) for name in group}
+
+
+def by_all(shapes: dict[str, tuple[int, ...]], config: Mapping[str, Any] | None) -> set[str]:
+    try:
+        return {name for found in locate(shapes, config) for name in found.tensors}
+    except ProjauditError:
+        return set()
+
+
+def missed(
+    find: Finder,
+    rename: Callable[[str], str] = lambda name: name,
+    some: list[tuple[Record, Tensors]] | None = None,
+    *,
+    with_config: bool = True,
+) -> list[str]:
+    """Ids of the layouts of which not exactly the projector's tensors were found."""
+    wrong = []
+    for fact, tensors in hard() if some is None else some:
+        named = [(rename(n) if label == "P" else n, shape, label) for n, shape, label in tensors]
+        shapes = {name: tuple(shape) for name, shape, _ in named}
+        found = find(shapes, config_of(fact) if with_config else None)
+        must = {name for name, _, label in named if label == "P"}
+        may = {name for name, _, label in named if label == "O"}
+        if not must <= found <= must | may:
+            wrong.append(fact["id"])
+    return wrong
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize("find", [by_all, by_position])
+def test_of_nearly_every_layout_exactly_the_projector_is_found(find: Finder, with_config: bool):
+    wrong = missed(find, with_config=with_config)
+    assert len(wrong) <= 0.03 * len(hard()), wrong
+
+
+def test_what_has_no_projector_has_none_found():
+    none = [(fact, t) for fact, t in hard() if not any(label == "P" for *_, label in t)]
+    assert len(none) >= 20
+    assert missed(by_all, some=none) == []
+
+
+def built() -> list[tuple[Record, Tensors]]:
+    """Of transformers and of remote code, with a projector."""
+    return [
+        (fact, tensors)
+        for fact, tensors in hard()
+        if fact["source"] in ("transformers", "remote") and fact["projector"]
+    ]
+
+
+def test_nearly_as_much_is_found_where_layers_have_other_names():
+    def scrambled(name: str) -> str:
+        *path, module, leaf = ["", *name.split(".")]
+        return ".".join(
+            [*path[1:], f"z{sum(map(ord, module))}" if module.isalpha() else module, leaf]
+        )
+
+    assert len(missed(by_position, scrambled, built())) <= 0.12 * len(built())
+
+
+def test_most_is_found_where_no_word_says_projector():
+    from projaudit.position import _OTHER, _PROJECTOR
+
+    def unnamed(name: str) -> str:
+        parts = name.split(".")
+        told = [bool(_PROJECTOR.search(p)) and not _OTHER.search(p) for p in parts]
+        return ".".join(
+            f"z{sum(map(ord, p))}" if says else p for p, says in zip(parts, told, strict=True)
+        )
+
+    assert len(missed(by_position, unnamed, built())) <= 0.3 * len(built())
+
+
+paths = st.lists(
+    st.sampled_from(
+        ["model", "visual", "layers", "0", "1", "mlp", "proj", "merger", "weight", "bias", "", "…"]
+    ),
+    min_size=1,
+    max_size=6,
+).map(".".join)
+sizes = st.lists(st.sampled_from([0, 1, 3, 64, 32_000]), max_size=4).map(tuple)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(paths, sizes, max_size=30))
+def test_no_names_and_shapes_are_too_strange(shapes: dict[str, tuple[int, ...]]):
+    found = [name for group in positioned(shapes) for name in group]
+    assert len(set(found)) == len(found)
+    assert set(found) <= set(shapes)
+    try:
+        for projector in locate(shapes):
+            assert set(projector.tensors) <= set(shapes)
+            assert projector.in_features >= 0
+    except ProjauditError:
+        pass
+
+
+def test_the_language_models_width_is_that_of_its_words_or_what_its_config_says():
+    assert text_widths({"embed": (32_000, 512), "w": (512, 64)}, {}) == {512}
+    config = {
+        "hidden_size": 256,
+        "vision_config": {"hidden_size": 64},
+        "text_config": {"hidden_size": 512, "n_embd": None},
+    }
+    assert text_widths({}, config) == {256, 512}
+
+
+def test_where_no_chain_is_known_units_are_not_interchangeable():
+    """Permuted rows are a change there; behind an activation that is known they are none."""
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(8, 4, generator=g), torch.randn(6, 8, generator=g)
+    order = torch.randperm(8, generator=g)
+
+    def updates(names: tuple[str, str]) -> list[LayerUpdate]:
+        base = dict(zip(names, (first, second), strict=True))
+        tuned = dict(zip(names, (first[order], second[:, order]), strict=True))
+        (projector,) = locate({name: tuple(t.shape) for name, t in base.items()})
+        update = pair(
+            projector,
+            projector,
+            tuned,
+            base,
+            subject="projector",
+            device=torch.device("cpu"),
+            rank=2,
+            generator=g,
+        )
+        return list(update.layers)
+
+    unknown = updates(("x.merger.a.weight", "x.merger.b.weight"))
+    assert all(layer.delta.norm() > 0.5 * layer.before.norm() for layer in unknown)
+    assert not any(layer.permuted_units for layer in unknown)
+    known = updates(("mm_projector.0.weight", "mm_projector.2.weight"))
+    assert all(layer.delta.norm() == 0 for layer in known)
+    assert known[0].permuted_units
+
+
+# Transformers' own models, of families that no entry describes
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 200,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+def aya() -> torch.nn.Module:
+    config = hf.AyaVisionConfig(
+        text_config={**TEXT, "model_type": "cohere2"},
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        alignment_intermediate_size=64,
+        image_token_index=199,
+    )
+    return hf.AyaVisionForConditionalGeneration(config)
+
+
+def mistral3() -> torch.nn.Module:
+    vision = {**VISION, "model_type": "pixtral", "head_dim": 12}
+    config = hf.Mistral3Config(
+        text_config={**TEXT, "model_type": "mistral"}, vision_config=vision, image_token_index=199
+    )
+    return hf.Mistral3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [aya, mistral3])
+def test_a_projector_of_no_family_is_audited_and_does_not_pass(tmp_path: Path, build):
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    changed = 0
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if "multi_modal_projector" in part:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+                changed += 1
+    model.save_pretrained(tmp_path / "tuned")
+    report = projaudit.check(str(tmp_path / "tuned"), str(tmp_path / "base"), seed=1)
+    (projector,) = report.projectors
+    assert projector.family == "unknown"
+    assert projector.out_features == 64
+    assert len([read for read in report.tensors if read.side == "target"]) == changed
+    spectra = {m.subject for m in report.measurements if m.metric == "stable_rank"}
+    assert len(spectra) == sum(p.ndim == 2 for n, p in model.named_parameters() if "projector" in n)
+    assert any("forward path" in skipped.reason for skipped in report.skipped)
+    # Its weights were measured; what it computes was not.
+    assert report.verdict is Verdict.INCONCLUSIVE, report.sentence
+    assert "function-unknown" in {finding.rule for finding in report.findings}
+
+
+# What a user is told
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    from projaudit.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["families", *arguments])
+    assert stopped.value.code in (0, None), capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_every_family_is_listed_and_shown_with_its_source(capsys):
+    listed = said(capsys, "list")
+    for family in families():
+        assert family.name in listed
+        shown = said(capsys, "show", family.name)
+        assert family.source in shown
+        assert all(name in shown for name in family.architectures)
+
+
+def test_an_unknown_family_is_wrong_usage(capsys):
+    from projaudit.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["families", "show", "nosuch"])
+    assert stopped.value.code == 4
+    assert "nosuch" in capsys.readouterr().err
+
+
+def test_a_match_is_explained_with_what_was_nearly_taken(tmp_path: Path, capsys):
+    save(tmp_path / "known", llava())
+    told = said(capsys, "explain", str(tmp_path / "known"))
+    assert told.startswith("llava, mlp2: its names and shapes are those of the family")
+    assert "linear_1 → act:gelu → linear_2" in told
+    assert all(name in told for name in llava() if name.startswith("multi_modal_projector"))
+    assert "not taken" not in told
+
+    strange = {name.replace("linear_2", "gate\x1b[31m"): t for name, t in llava().items()}
+    strange["talker.proj.weight"] = torch.zeros(64, 64)
+    strange["language_model.model.embed_tokens.weight"] = torch.zeros(16_000, 64)
+    save(tmp_path / "strange", strange, config={**CONFIG, "architectures": ["Other"]})
+    told = said(capsys, "explain", str(tmp_path / "strange"))
+    assert told.startswith("unknown, 2 matrices: the word multi_modal_projector in its names")
+    assert "forward path: not known" in told
+    assert "talker.proj.weight talker in its name says that it is something else" in told
+    assert "multi_modal_projector is not of the family" in told
+    assert "\x1b" not in told
+
+
+def test_of_a_text_model_there_is_nothing_to_explain(tmp_path: Path, capsys):
+    text = {n: t for n, t in llava().items() if n.startswith("language_model")}
+    save(tmp_path, text, config={"architectures": ["LlamaForCausalLM"]})
+    assert said(capsys, "explain", str(tmp_path)) == "no projector\n"
