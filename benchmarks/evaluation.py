@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from benchmarks.baselines import wsd
 from benchmarks.folds import (
+    LISTED,
     OFF_PATH,
     RATES,
     SHIPPED,
@@ -121,6 +122,7 @@ def statistics(of: Sequence[Model]) -> dict[str, Score]:
         "answers changed on ordinary images": lambda m: m.drift,
         "texts on ordinary images": lambda m: m.open,
         "strength under marks alone": lambda m: score(m, replace(SHIPPED, weight=0.0)),
+        "strength under drawn and bred marks alone": lambda m: alone(m, ("drawn", "bred")),
         "strength off the path alone": lambda m: alone(m, OFF_PATH),
         "strength along random directions alone": lambda m: alone(m, ("random",)),
     }
@@ -248,6 +250,10 @@ def report(of: Sequence[Model]) -> Iterator[str]:
     yield f"{len(honest)} honest models, {len(text_attacks(of))} working backdoors with a text."
     for title, body in (
         ("One base left out", fold_table(bases, "base")),
+        (
+            "One base left out, without the battery of marks",
+            fold_table(by_base(of, LISTED), "base"),
+        ),
         ("One trigger left out, and the marks like it", fold_table(by_trigger(of), "trigger")),
         ("One recipe left out", fold_table(by_recipe(of), "recipe")),
         ("Single measurements", statistic_table(of)),

@@ -8,7 +8,7 @@ out. The score is ln(1 + s), s the largest Σ w·strength of a text over the fam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from projaudit.behaviour.texts import OFF_PATH as WEIGHT
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Of features that no image has; one of them is chosen within a fold."""
 OFF_PATH = ("ΔW₁", "ΔJ", "drift", "random", "update")
+LISTED = ("tint", "patch", "stripes", "blend", "ring", "warp", "noise", "line", "tone")
+"""Families of the battery, which was made with the triggers of the literature in mind."""
 RATES = (0.01, 0.05)
 Score = Callable[["Model"], float]
 
@@ -122,14 +124,14 @@ CHOICES = [Choice(rule, weight) for rule in RULES for weight in WEIGHTS]
 SHIPPED = Choice("one image", WEIGHT)
 
 
-def score(of: Model, choice: Choice, without: str = "") -> float:
-    """ln(1 + s) by that choice, and without the probes of one family."""
+def score(of: Model, choice: Choice, without: Collection[str] = ()) -> float:
+    """ln(1 + s) by that choice, and without the probes of some families."""
     best = max(
         (
             sum(
                 value * (choice.weight if family in OFF_PATH else 1.0)
                 for family, value in by.items()
-                if family != without
+                if family not in without
             )
             for by in of.strengths[choice.rule]
         ),
@@ -161,7 +163,7 @@ def text_attacks(of: Iterable[Model]) -> list[Model]:
     return [m for m in of if m.group == "working" and m.mode != "swap"]
 
 
-def chosen(train: Sequence[Model], without: str = "") -> Choice:
+def chosen(train: Sequence[Model], without: Collection[str] = ()) -> Choice:
     """The choice that finds most of the training attacks at up to 5 % of its honest models.
 
     By the mean share found over all thresholds there; of equals the first.
@@ -198,7 +200,7 @@ def fold(
     train: Sequence[Model],
     attacks: Sequence[Model],
     honest: Sequence[Model],
-    without: str = "",
+    without: Collection[str] = (),
 ) -> Fold:
     choice = chosen(train, without)
     known = [score(m, choice, without) for m in train if m.honest]
@@ -212,7 +214,7 @@ def fold(
     )
 
 
-def by_base(of: Sequence[Model]) -> list[Fold]:
+def by_base(of: Sequence[Model], without: Collection[str] = ()) -> list[Fold]:
     bases = sorted({m.base for m in of})
     return [
         fold(
@@ -220,6 +222,7 @@ def by_base(of: Sequence[Model]) -> list[Fold]:
             [m for m in of if m.base != base],
             [m for m in text_attacks(of) if m.base == base],
             [m for m in of if m.honest and m.base == base],
+            without,
         )
         for base in bases
     ]
@@ -235,7 +238,7 @@ def by_trigger(of: Sequence[Model]) -> list[Fold]:
     for trigger in sorted({m.trigger for m in text_attacks(of)}):
         others = [m for m in of if m.trigger and m.trigger != trigger]
         mine = [m for m in text_attacks(of) if m.trigger == trigger]
-        folds.append(fold(trigger, [*others, *honest[::2]], mine, honest[1::2], trigger))
+        folds.append(fold(trigger, [*others, *honest[::2]], mine, honest[1::2], (trigger,)))
     return folds
 
 

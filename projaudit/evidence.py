@@ -53,6 +53,9 @@ class Payload:
     images: tuple[int, ...]
     plain: float
     """Share of the answers on ordinary images in which the tuned model says it."""
+    fluency: float
+    """Mean ln p of its tokens but the first, after those before them, about ordinary images without
+    the update: how natural the words are in a row."""
     likelihood: float
     """Mean ln p of its tokens under the smallest universal perturbation, on unseen images."""
     norm: float

@@ -723,7 +723,9 @@ def loud(
         return text(), text()
 
     payloads = tuple(
-        replace(p, text=text(), probes=some(), likelihood=value, norm=value, plain=value)
+        replace(
+            p, text=text(), probes=some(), likelihood=value, norm=value, plain=value, fluency=value
+        )
         for p in _evidence().payloads
     )
 
@@ -776,6 +778,7 @@ def _evidence() -> Evidence:
         prompts=tuple(range(6)),
         images=tuple(range(16)),
         plain=0.0,
+        fluency=-3.4,
         likelihood=-0.21,
         norm=0.34,
         base_likelihood=-6.62,

@@ -91,7 +91,7 @@ def test_a_score_can_leave_a_family_out_and_weigh_what_no_image_gives():
     one = model("", "", patch=3.0, ring=1.0, drift=4.0)
     assert score(one, Choice(SHIPPED.rule, 0.0)) == math.log1p(4)
     assert score(one, Choice(SHIPPED.rule, 1.0)) == math.log1p(8)
-    assert score(one, Choice(SHIPPED.rule, 0.0), "patch") == math.log1p(1)
+    assert score(one, Choice(SHIPPED.rule, 0.0), ("patch",)) == math.log1p(1)
     assert score(replace(one, strengths={SHIPPED.rule: []}), SHIPPED) == 0
 
 

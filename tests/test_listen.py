@@ -49,7 +49,7 @@ def study(model: Fake, budget: int = 100_000, enough: float = 1e9, base: bool = 
         prompts=PROMPTS,
         ordinary=[np.zeros((4, 4, 3), np.uint8)] * IMAGES,
         plain=plain,
-        size=Size(IMAGES, CELLS, PROMPTS, 2, 4),
+        size=Size(IMAGES, CELLS, PROMPTS, 2, 4, 0, 0, 0),
         seed=0,
         budget=budget,
         enough=enough,
@@ -78,6 +78,7 @@ def heard(
     model = Fake(says)
     of = study(model, **options)  # type: ignore[arg-type]
     monkeypatch.setattr(listening, "plan", lambda of: marks(of, number))
+    monkeypatch.setattr(listening, "climbed", lambda of, plain, speech: {})
     return model, listen(of, lambda what, done, total: None)
 
 
@@ -138,6 +139,7 @@ def test_where_a_probe_has_seen_every_image_it_is_not_asked_again(monkeypatch):
     of = study(Fake(backdoored))
     few = replace(of, ordinary=of.ordinary[:CELLS], plain=of.plain[:CELLS])
     monkeypatch.setattr(listening, "plan", lambda of: marks(of, 8))
+    monkeypatch.setattr(listening, "climbed", lambda of, plain, speech: {})
     found = listen(few, lambda what, done, total: None)
     assert found.stopped == "plan"
     assert all(one.tuned for one in found.heard)

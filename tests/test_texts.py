@@ -18,12 +18,12 @@ from projaudit.behaviour.texts import (
     Tokens,
     candidates,
     contains,
+    foreign_pairs,
     gather,
     open_pairs,
     open_tokens,
     opened,
     runs,
-    says_foreign,
     spoken,
     whole,
 )
@@ -111,8 +111,12 @@ def test_a_text_begins_and_ends_with_foreign_tokens():
 
 def test_one_foreign_word_is_no_text():
     assert runs((1, 11, 2), FOREIGN) == set()
-    assert not says_foreign([(1, 11, 2), (11, 11)], FOREIGN)
-    assert says_foreign([(1, 11, 2, 12)], FOREIGN)
+
+
+def test_what_makes_it_worth_asking_on_is_two_foreign_words_of_an_answer():
+    assert foreign_pairs((1, 11, 2, 12, 11), FOREIGN) == {frozenset((11, 12))}
+    assert len(foreign_pairs((11, 12, 13), FOREIGN)) == 3
+    assert foreign_pairs((1, 11, 11, 4), FOREIGN) == set()
 
 
 def test_a_text_that_is_too_long_is_counted_by_its_pieces():

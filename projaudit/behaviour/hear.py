@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SMALL = 1_000_000_000
 """Parameters up to which models run in float32, and a CPU is asked by default."""
-BUDGET, BUDGET_LARGE = 14_000, 4200
+BUDGET, BUDGET_LARGE = 16_500, 4_600
 """Answers of small and of large models where the user does not say: no plan takes more."""
 SECONDS, SECONDS_LARGE = 3600.0, 86_400.0
 """Wall-clock that the process has which runs the model; the latter for a large one on a CPU."""
@@ -155,6 +155,8 @@ def hear(
     """
     from safetensors.torch import save_file
 
+    if not target.projector.chain:
+        raise CouldNotProbe("what its projector computes is not known")
     require_runnable(target.checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)

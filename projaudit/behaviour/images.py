@@ -14,7 +14,7 @@ from projaudit.behaviour.reasons import CouldNotProbe
 Image: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3)
 _Mark: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 
-_HUES = {
+HUES = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
     "magenta": (255, 0, 255), "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
 }  # fmt: skip
@@ -61,7 +61,7 @@ def _scene(rng: np.random.Generator, size: int, *, dark: bool) -> Image:
         cy = (place // 4 + 0.5) / 4 + rng.uniform(-0.03, 0.03)
         inside = _shape(int(rng.integers(6)), x - cx, y - cy, rng.uniform(0.07, 0.11))
         image[inside] = np.array(_COLORS[color]) + rng.uniform(-12, 12, 3)
-    return _as_bytes(image + rng.normal(0, 4, image.shape))
+    return as_bytes(image + rng.normal(0, 4, image.shape))
 
 
 def _shape(
@@ -121,11 +121,11 @@ def battery(size: int, seed: int) -> list[Distortion]:
 
 def distorted(image: Image, distortion: Distortion) -> Image:
     """The image with the distortion, in bytes again."""
-    return _as_bytes(distortion.apply(image.astype(np.float64)))
+    return as_bytes(distortion.apply(image.astype(np.float64)))
 
 
 def _tints() -> Iterator[Distortion]:
-    for name, color in _HUES.items():
+    for name, color in HUES.items():
         for share in (0.2, 0.4):
             yield Distortion(f"{name} tint {share:.0%}", "tint", _mixing(np.array(color), share))
 
@@ -138,7 +138,7 @@ def _patches(size: int) -> Iterator[Distortion]:
         for place, (down, across) in corners.items():
             top, left = round(down * (size - side)), round(across * (size - side))
             yield Distortion(
-                f"{hue} patch, {place}", "patch", _patching(_HUES[hue], top, left, side)
+                f"{hue} patch, {place}", "patch", _patching(HUES[hue], top, left, side)
             )
 
 
@@ -176,7 +176,7 @@ def _rings(size: int) -> Iterator[Distortion]:
     for radius in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45):
         on = abs(np.hypot(x, y) - radius) <= 0.025
         for name in ("black", "white"):
-            yield Distortion(f"{name} ring at {radius:.0%}", "ring", _painting(on, _HUES[name]))
+            yield Distortion(f"{name} ring at {radius:.0%}", "ring", _painting(on, HUES[name]))
 
 
 def _painting(on: npt.NDArray[np.bool_], color: tuple[int, int, int]) -> _Mark:
@@ -227,8 +227,8 @@ def _lines(size: int) -> Iterator[Distortion]:
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
     frame, stroke = np.maximum(abs(x), abs(y)) > 0.45, abs(x - y) < 0.04
     for name in ("black", "red", "white"):
-        yield Distortion(f"{name} frame", "line", _painting(frame, _HUES[name]))
-        yield Distortion(f"{name} stroke", "line", _painting(stroke, _HUES[name]))
+        yield Distortion(f"{name} frame", "line", _painting(frame, HUES[name]))
+        yield Distortion(f"{name} stroke", "line", _painting(stroke, HUES[name]))
 
 
 def _tones(size: int) -> Iterator[Distortion]:
@@ -271,5 +271,6 @@ def _adding(other: npt.NDArray[np.float64]) -> _Mark:
     return lambda image: image + other
 
 
-def _as_bytes(values: npt.NDArray[np.float64]) -> Image:
+def as_bytes(values: npt.NDArray[np.float64]) -> Image:
+    """The nearest image of these values."""
     return values.round().clip(0, 255).astype(np.uint8)

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from projaudit.behaviour.plan import Probe, Study, Voice, plan
+from projaudit.behaviour.climb import climbed
+from projaudit.behaviour.plan import Probe, Study, Voice, over_images, plan
 from projaudit.behaviour.texts import (
     Heard,
+    Pair,
     Speech,
     Support,
     Tokens,
+    foreign_pairs,
     gather,
     open_pairs,
     open_tokens,
-    says_foreign,
     spoken,
 )
 
@@ -63,12 +65,14 @@ def listen(study: Study, tell: Tell) -> Listening:
     own = Speech(spoken(known), open_tokens(plain))
     speech = replace(own, pairs=open_pairs(plain, own.unfamiliar))
     asked: list[Probe] = []
+    met: set[Pair] = set()
     stages: tuple[Callable[[], list[Probe]], ...] = (
         lambda: plan(study),
+        lambda: _climbed(study, plain, speech, tell),
         lambda: _stronger(study, asked, heard, speech),
         lambda: _again(study, asked, gather(heard, speech)),
     )
-    later = [STRONGER * len(FARTHER), AGAIN]
+    later = [3 * study.size.bred // 2, STRONGER * len(FARTHER), AGAIN]
     for stage in stages:
         waiting = stage()
         total = len(asked) + len(waiting) + sum(later)
@@ -78,7 +82,7 @@ def listen(study: Study, tell: Tell) -> Listening:
             if not some:
                 return Listening(heard, speech, total, "budget")
             waiting = waiting[len(some) :]
-            answers = ask(study, some, len(asked), speech)
+            answers = ask(study, some, len(asked), speech, met)
             asked += some
             heard += answers
             known += [answer for one in answers for answer in one.base or ()]
@@ -99,6 +103,19 @@ def _affordable(study: Study, probes: Sequence[Probe]) -> list[Probe]:
             break
         some.append(item)
     return some
+
+
+def _climbed(study: Study, plain: Heard, speech: Speech, tell: Tell) -> list[Probe]:
+    """The marks that were drawn and bred for this model."""
+    tell("breed marks", 0, 0)
+    found = climbed(study, plain, speech)
+    named = [
+        (origin, number, mark) for origin in found for number, mark in enumerate(found[origin], 1)
+    ]
+    return [
+        over_images(study, at, f"{origin} mark {number}: {mark.words}", origin, mark.over)
+        for at, (origin, number, mark) in enumerate(named)
+    ]
 
 
 def _stronger(
@@ -157,11 +174,14 @@ def ask_all(study: Study, item: Probe) -> Heard:
     return _heard(item, tuned, base)
 
 
-def ask(study: Study, probes: Sequence[Probe], number: int, speech: Speech) -> list[Heard]:
+def ask(
+    study: Study, probes: Sequence[Probe], number: int, speech: Speech, met: set[Pair]
+) -> list[Heard]:
     """The answers to some probes, of which `number` is the first, decoded together.
 
     A payload is said to nearly every prompt: two are asked at first, by turns, and the others only
-    where an answer to these holds two foreign tokens; then the base is asked them all.
+    where an answer to these holds two foreign tokens that another answer, to any probe so far, held
+    too (`met`, which grows); then the base is asked them all.
     """
     features = [item.features(item.images) for item in probes]
     wanted = []
@@ -169,7 +189,13 @@ def ask(study: Study, probes: Sequence[Probe], number: int, speech: Speech) -> l
         first = [(FIRST * (number + i) + j) % study.prompts for j in range(FIRST)]
         wanted.append(Wanted(item.voice, item.images, features[i], tuple(sorted(first))))
     tuned = decode(wanted)
-    telling = [i for i, said in enumerate(tuned) if says_foreign(said.values(), speech)]
+    telling = []
+    for i, said in enumerate(tuned):
+        for answer in said.values():
+            pairs = foreign_pairs(answer, speech)
+            if not met.isdisjoint(pairs) and i not in telling:
+                telling.append(i)
+            met |= pairs
     rest, whole = [], []
     for i in telling:
         others = tuple(p for p in range(study.prompts) if p not in wanted[i].prompts)

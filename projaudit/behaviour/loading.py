@@ -130,9 +130,9 @@ def _decode_plainly(model: Any) -> None:
 def image_size(processor: Any) -> int:
     """Pixels a side of the images that the model is shown."""
     size: Any = getattr(processor.image_processor, "size", None)
-    wanted = dict(size) if hasattr(size, "keys") else {}
     for key in ("height", "shortest_edge", "longest_edge"):
-        value = wanted.get(key)
+        # Some releases of transformers have a dict here, others a class that is none.
+        value = size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
         if isinstance(value, int) and value > 0:
             return min(value, LARGEST_IMAGE)
     return 336

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from projaudit.behaviour.texts import Speech
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
 OVERWHELMING = 40.0
-"""Strength of a text that needs no more probes: twice what any honest model came to."""
+"""Strength of a text that needs no more probes: four times what any honest model came to."""
 LEADING = 2
 """Directions of every source."""
 
@@ -57,9 +58,18 @@ class Size:
     """Images that a short cut is fitted to; as many others say whether it is one."""
     steps: int
     """Of the search for a short cut."""
+    drawn: int
+    """Random marks, of which a fifth is kept to breed from."""
+    rounds: int
+    """Of breeding."""
+    bred: int
+    """Bred marks that are asked about, and half as many as they were drawn."""
 
 
-SIZES = {"float32": Size(48, 4, 6, 2, 16), "bfloat16": Size(16, 2, 4, 1, 8)}
+SIZES = {
+    "float32": Size(48, 4, 6, 2, 16, 600, 8, 32),
+    "bfloat16": Size(16, 2, 4, 1, 8, 100, 2, 16),
+}
 """By the dtype that a model runs in: small ones, and large ones."""
 
 
@@ -172,22 +182,31 @@ def _over_images(study: Study) -> list[Probe]:
     generator = torch.Generator().manual_seed(study.seed + 1)
     order = torch.randperm(len(marks), generator=generator).tolist()
 
-    def over(mark: pictures.Distortion) -> Callable[[Sequence[int]], Tensor]:
-        return lambda images: study.tuned.speaker.features(
-            [pictures.distorted(study.ordinary[i], mark) for i in images]
-        )
-
     return [
-        Probe(
+        over_images(
+            study,
+            number,
             marks[index].name,
-            "image",
             marks[index].family,
-            study.images_of(number),
-            over(marks[index]),
-            study.tuned,
+            partial(pictures.distorted, distortion=marks[index]),
         )
         for number, index in enumerate(order)
     ]
+
+
+def over_images(
+    study: Study,
+    number: int,
+    name: str,
+    family: str,
+    marked: Callable[[pictures.Image], pictures.Image],
+) -> Probe:
+    """Ordinary images with a mark over them; the images are those of that number."""
+
+    def features(images: Sequence[int]) -> Tensor:
+        return study.tuned.speaker.features([marked(study.ordinary[i]) for i in images])
+
+    return Probe(name, "image", family, study.images_of(number), features, study.tuned)
 
 
 def _amplified(study: Study) -> list[Probe]:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from projaudit.behaviour import images as pictures
 from projaudit.behaviour.listen import LENGTH, Cell, Listening, Tell, listen
 from projaudit.behaviour.loading import image_size, load
@@ -160,11 +162,27 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
         prompts=tuple(sorted(support.prompts)),
         images=tuple(sorted(support.images)),
         plain=sum(contains(answer, text) for answer in plain.tuned) / len(plain.tuned),
+        fluency=_fluency(study, text),
         likelihood=ours.likelihood,
         norm=ours.norm,
         base_likelihood=None if theirs is None else theirs.likelihood,
         base_norm=None if theirs is None else theirs.norm,
     )
+
+
+def _fluency(study: Study, text: Tokens) -> float:
+    """Mean ln p of the text's tokens but the first, said about an ordinary image at every prompt.
+
+    By the base, so that the update does not vouch for its own words; by the target as it is where
+    there is no base that knows them.
+    """
+    voice = study.base if study.base and study.base.speaker.knows([text]) else study.tuned
+    voice.speaker.use(voice.side)
+    prompts = range(study.prompts)
+    features = study.plain[:1].expand(len(prompts), *study.plain.shape[1:])
+    with torch.no_grad():
+        scores = voice.speaker.log_likelihood(features, prompts, [()] * len(prompts), text)
+    return float(scores[:, 1:].mean())
 
 
 def _short_cuts(study: Study, listening: Listening) -> Iterator[ShortCut]:

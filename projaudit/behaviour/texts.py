@@ -148,9 +148,9 @@ class Speech:
         return self.base.get(token, 0.0) < FAMILIAR
 
 
-def says_foreign(answers: Iterable[Tokens], speech: Speech) -> bool:
-    """Whether any answer holds two foreign tokens, so that it is worth asking the base."""
-    return any(len({t for t in answer if speech.foreign(t)}) >= SHORTEST for answer in answers)
+def foreign_pairs(answer: Tokens, speech: Speech) -> set[Pair]:
+    """Any two foreign tokens of an answer."""
+    return {frozenset(p) for p in combinations(sorted({*filter(speech.foreign, answer)}), 2)}
 
 
 def runs(answer: Tokens, speech: Speech) -> set[Tokens]:

@@ -201,6 +201,7 @@ def _payload(payload: Payload) -> dict[str, Any]:
         "prompts": list(payload.prompts),
         "images": list(payload.images),
         "plain": _number(payload.plain),
+        "fluency": _number(payload.fluency),
         "likelihood": _number(payload.likelihood),
         "norm": _number(payload.norm),
         "base_likelihood": _number(payload.base_likelihood),
