@@ -173,13 +173,25 @@ def test_agreement_is_measured_where_the_answer_begins_and_where_it_ends(at_end:
     of = study(model, torch.eye(12), torch.eye(12))
     marks = [over_quarter(0, RED), over_quarter(0, GREEN), over_quarter(3, RED)] * 3
     heights = agreements(of, marks, plain(), FOREIGN)
-    assert heights.shape == (9, 2)
-    place = int(at_end)
-    assert heights[0, place] > -0.01
-    # After an empty answer start and end are one; else the other place knows nothing of it.
-    assert heights[0, 1 - place] < -1
-    assert heights[1, place] < -4 < heights[2, place] + 10
+    assert heights.shape == (9, 4)
+    red, green = heights[:2].reshape(2, 2, 2)[..., int(at_end)]
+    assert min(red) > -0.01  # about either image
+    assert max(green) < -4
+    # The other place knows nothing of it; of one answer of four, an empty one, it is the same.
+    other = heights[0].reshape(2, 2)[:, 1 - int(at_end)]
+    assert other[0] < -4
+    assert other[1] < -1
     assert np.allclose(heights[:3], heights[3:6], atol=1e-5)
+
+
+def test_images_are_not_taken_together():
+    """A trigger that acts on the dark one only is as high there as if there were no other."""
+    model = Fake(toward(0, 0, 40) - toward(3, 1, 80))  # not where the last quarter is light
+    of = study(model, torch.eye(12), torch.eye(12))
+    light, dark = (image[PIXELS // 2 :, PIXELS // 2 :, 1].mean() for image in of.ordinary[1:3])
+    assert light > dark + 60
+    heights = agreements(of, [over_quarter(0, RED)], plain(), FOREIGN)[0].reshape(2, 2)[:, 0]
+    assert heights[0] < -4 < -1 < heights[1]
 
 
 def test_the_mark_that_calls_up_a_foreign_word_is_bred():
@@ -240,7 +252,7 @@ def test_bred_marks_alone_bring_out_the_text_of_a_trained_backdoor(monkeypatch):
     text, strength = bred_alone(monkeypatch, "backdoored")
     assert strength >= 1
     provenance = json.loads((data_path("demo") / "provenance.json").read_text())
-    assert text in provenance["models"][provenance["demo"]["backdoored"]]["target"]
+    assert text in provenance["models"][provenance["demo"]["backdoored"]]["attack"]["target"]
 
 
 def test_of_its_honest_twin_they_bring_out_nothing(monkeypatch):
