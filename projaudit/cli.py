@@ -528,9 +528,10 @@ def list_families() -> None:
     """One line per family: name, forward path, architectures."""
     from projaudit.projector import families as known
 
+    paths = {family.name: " → ".join(family.chain) for family in known()}
+    wide = max(map(len, paths.values()))
     for family in known():
-        names = ", ".join(family.architectures)
-        _print(f"{family.name:<18} {' → '.join(family.chain):<44} {names}")
+        _print(f"{family.name:<18} {paths[family.name]:<{wide}} {', '.join(family.architectures)}")
 
 
 @families.command("show")

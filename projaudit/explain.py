@@ -9,7 +9,7 @@ from typing import Any
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.position import deciding_words, text_widths
-from projaudit.projector import Family, Projector, families, locate, match, modules
+from projaudit.projector import Family, Projector, families, locate, match, modules, strings
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _why(
 ) -> str:
     family = next((f for f in families() if f.name == projector.family), None)
     if family is not None:
-        named = [a for a in _architectures(config) if a in family.architectures]
+        named = [a for a in strings(config.get("architectures")) if a in family.architectures]
         said = f"and {named[0]} is one of its architectures" if named else "and all of it is told"
         return f"its names and shapes are those of the family, {said}"
     words = sorted(set(deciding_words(projector.tensors, shapes, projector=True).values()))
@@ -88,8 +88,3 @@ def _mismatch(
     if projector.unexpected:
         return f"it holds {clean(projector.unexpected[0])} too"
     return "its architecture is another's"
-
-
-def _architectures(config: Mapping[str, Any]) -> list[str]:
-    named = config.get("architectures")
-    return [a for a in named if isinstance(a, str)] if isinstance(named, list) else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
@@ -12,6 +13,8 @@ BLOCK = 6
 """Tensors of a numbered module from which it is a block of a stack: a layer of a transformer."""
 VOCABULARY = 16_000
 """Rows from which a matrix is an embedding of tokens."""
+DEEPEST = 40
+"""Parts of a name that are looked at one by one."""
 ALONE = 16
 """Most tensors of a file that is a projector and nothing else."""
 
@@ -54,12 +57,13 @@ def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[
     it holds neither encoder nor language model and is a projector and nothing else.
     """
     stacks, widths = _stacks(shapes), text_widths(shapes, config or {})
-    found = {name for name in shapes if _decides(_path(name, stacks))}
-    found |= set(_leading(shapes, stacks, widths))
+    paths = {name: _path(name, stacks) for name in shapes}
+    found = {name for name, path in paths.items() if _decides(path)}
+    found |= set(_leading(shapes, paths, stacks, widths))
     if not found and not stacks and _is_alone(shapes):
         found = set(shapes)
     sound = set(filter(_SOUND.search, found))
-    groups = ([n for n in shapes if n in found - sound], [n for n in shapes if n in sound])
+    groups = [[n for n in shapes if n in part] for part in (found - sound, sound)]
     return [tuple(group) for group in groups if group]
 
 
@@ -85,32 +89,39 @@ def text_widths(shapes: Shapes, config: Mapping[str, Any]) -> set[int]:
     return widths | set(read(config))
 
 
-def _stacks(shapes: Shapes) -> list[str]:
+def _stacks(shapes: Shapes) -> set[str]:
     """Modules of numbered blocks: those of encoders and language models, the outermost only.
 
     A block has attention or an MLP within, or six tensors at least.
     """
     blocks: dict[str, dict[str, int]] = {}
     for name in shapes:
-        parts = name.split(".")
+        parts = name.split(".", DEEPEST)
         for i, part in enumerate(parts[:-1]):
-            if part.isdigit():
-                numbers = blocks.setdefault(".".join(parts[:i]), {})
+            if not part.isdigit():
+                continue
+            numbers = blocks.setdefault(".".join(parts[:i]), {})
+            if numbers.get(part, 0) < BLOCK:
                 named = _BLOCKS.search(parts[i - 1]) if i else None
                 block = named and _BLOCK.search(".".join(parts[i + 1 :]))
                 numbers[part] = numbers.get(part, 0) + (BLOCK if block else 1)
-    stacks = sorted(module for module, sizes in blocks.items() if max(sizes.values()) >= BLOCK)
-    outermost: list[str] = []
-    for module in stacks:
-        if not any(module.startswith(f"{other}.") for other in outermost):
-            outermost.append(module)
-    return outermost
+    stacks = {module for module, sizes in blocks.items() if max(sizes.values()) >= BLOCK}
+    return {module for module in stacks if _stack_of(module, stacks) is None}
 
 
-def _path(name: str, stacks: Sequence[str]) -> list[str]:
-    """The parts of a name that say what it belongs to: of a stack's tensor, the stack's."""
-    stack = next((module for module in stacks if name.startswith(f"{module}.")), None)
-    return (stack or module_of(name)).split(".")
+def _stack_of(name: str, stacks: Set[str]) -> str | None:
+    """The outermost stack that a module or tensor stands in."""
+    if "" in stacks:
+        return "" if name else None
+    parts = name.split(".", DEEPEST)
+    above = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((module for module in above if module in stacks), None)
+
+
+def _path(name: str, stacks: Set[str]) -> str:
+    """What says by its words what a tensor belongs to: its stack, or its module."""
+    stack = _stack_of(name, stacks)
+    return module_of(name) if stack is None else stack
 
 
 def module_of(name: str) -> str:
@@ -126,9 +137,10 @@ def deciding_words(names: Iterable[str], shapes: Shapes, *, projector: bool) -> 
     return {name: word for name, (word, means) in words.items() if word and means is projector}
 
 
-def _word(path: Sequence[str]) -> tuple[str, bool]:
+@lru_cache(maxsize=1 << 12)
+def _word(path: str) -> tuple[str, bool]:
     """The first word that says what a path belongs to, and whether it means a projector."""
-    for part in path:
+    for part in path.split(".", DEEPEST):
         if _OTHER.search(part):
             return part, False
         if _PROJECTOR.search(part):
@@ -136,13 +148,15 @@ def _word(path: Sequence[str]) -> tuple[str, bool]:
     return "", False
 
 
-def _decides(path: Sequence[str]) -> bool | None:
+def _decides(path: str) -> bool | None:
     """Whether the word that decides means a projector; None where no word does."""
     word, means = _word(path)
     return means if word else None
 
 
-def _leading(shapes: Shapes, stacks: Sequence[str], widths: set[int]) -> Iterator[str]:
+def _leading(
+    shapes: Shapes, paths: Mapping[str, str], stacks: Set[str], widths: set[int]
+) -> Iterator[str]:
     """The modules outside every stack of which a matrix gives a language model's width."""
     if len(stacks) < 2 and not any(map(_TOWER.search, stacks)):
         return  # one model alone has nothing to lead into
@@ -152,15 +166,15 @@ def _leading(shapes: Shapes, stacks: Sequence[str], widths: set[int]) -> Iterato
 
     def root(name: str) -> str:
         """The outermost module of a tensor that holds no stack."""
-        parts = module_of(name).split(".")
+        parts = module_of(name).split(".", DEEPEST)
         ends = range(1, len(parts) + 1)
         return next((r for n in ends if (r := ".".join(parts[:n])) not in above), "")
 
     outside = {
         name: root(name)
-        for name in shapes
-        if not any(name.startswith(f"{stack}.") for stack in stacks)
-        and _decides(_path(name, stacks)) is None
+        for name, path in paths.items()
+        if path not in stacks
+        and _decides(path) is None
         and not _POOLING.search(name)
         and not any(map(_LANGUAGE.search, name.split(".")))
         and not re.search("position|embed", name, re.IGNORECASE)

@@ -141,7 +141,7 @@ def locate(
     where a projector is incomplete or its layers do not chain.
     """
     _check_config(config or {})
-    architectures = set(_strings((config or {}).get("architectures")))
+    architectures = set(strings((config or {}).get("architectures")))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
     for family in known:
@@ -185,6 +185,8 @@ def modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]
     """Module path -> tensors below it, for every place where the family's module may stand."""
     modules: dict[str, list[str]] = {}
     for name in names:
+        if family.word not in name:  # most of a large checkpoint's
+            continue
         stripped = name
         while wrapper := next((w for w in _WRAPPERS if stripped.startswith(w)), ""):
             stripped = stripped[len(wrapper) :]
@@ -281,7 +283,7 @@ def _unknown(
     """
     packed = tuple(name for name in names if _PACKED.search(name))
     prefix = _common([module_of(name) for name in names])
-    linears, taken = [], set()
+    own, linears, taken = set(names), [], set()
     for name in names:
         rows = [size for i, size in enumerate(shapes[name]) if size != 1 or i == 1]
         if 0 in rows and not packed:
@@ -289,7 +291,7 @@ def _unknown(
         if len(rows) < 2:
             continue
         bias = f"{module_of(name)}.bias"
-        fits = bias in names and name != bias and tuple(shapes[bias]) == (rows[0],)
+        fits = bias in own and name != bias and tuple(shapes[bias]) == (rows[0],)
         role, shape = _local(module_of(name), prefix), (rows[0], math.prod(rows[1:]))
         linears.append(Linear(role, name, bias if fits else None, shape))
         taken |= {name, bias} if fits else {name}
@@ -429,7 +431,8 @@ def _get(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def _strings(value: object) -> list[str]:
+def strings(value: object) -> list[str]:
+    """The strings of a list; none where it is none."""
     return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -552,6 +553,22 @@ def test_the_battery_has_a_name_for_each_and_every_family():
     assert {mark.family for mark in battery} == {
         "tint", "patch", "stripes", "blend", "noise", "ring", "warp", "line", "tone",
     }  # fmt: skip
+
+
+def test_images_are_of_the_size_that_the_model_is_shown():
+    from transformers import AutoProcessor
+
+    from projaudit.behaviour.loading import LARGEST_IMAGE, image_size
+
+    assert image_size(AutoProcessor.from_pretrained(data_path("demo") / "base")) == 64
+    for size, pixels in (
+        ({"shortest_edge": 224}, 224),  # as some releases of transformers have it
+        ({"height": 5000, "width": 5000}, LARGEST_IMAGE),
+        ({"height": True}, 336),
+        (None, 336),
+    ):
+        processor = SimpleNamespace(image_processor=SimpleNamespace(size=size))
+        assert image_size(processor) == pixels, size
 
 
 def test_user_images_are_read_and_broken_ones_skipped(tmp_path: Path):

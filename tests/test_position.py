@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -153,6 +154,41 @@ def test_no_names_and_shapes_are_too_strange(shapes: dict[str, tuple[int, ...]])
             assert projector.in_features >= 0
     except ProjauditError:
         pass
+
+
+def large(experts: int) -> dict[str, tuple[int, ...]]:
+    """A mixture of experts with many tensors, an encoder, and a merger between them."""
+    leaves = [f"mlp.experts.{e}.{w}.weight" for e in range(experts) for w in ("gate", "up", "down")]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.{layer}.{leaf}": (64, 64) for layer in range(60) for leaf in leaves
+    }
+    for layer in range(40):
+        shapes |= {f"visual.blocks.{layer}.attn.{w}.weight": (48, 48) for w in ("qkv", "proj")}
+    return shapes | {"embed.weight": (32_000, 64), "visual.merger.weight": (64, 48)}
+
+
+def test_a_checkpoint_of_two_hundred_thousand_tensors_takes_seconds():
+    shapes = large(1100)
+    assert len(shapes) > 190_000
+    started = time.process_time()
+    (projector,) = locate(shapes)
+    assert projector.tensors == ("visual.merger.weight",)
+    assert time.process_time() - started < 6  # 2 on an idle machine
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"m{i}.0.attn.weight" for i in range(50_000)],  # as many stacks as tensors
+        [".".join(["0"] * 20_000 + ["attn", "weight"])],  # a name that is all numbers
+        [f"adapter.{i}.weight" for i in range(50_000)],
+    ],
+    ids=["stacks", "depth", "words"],
+)
+def test_strange_checkpoints_take_no_longer(names: list[str]):
+    started = time.process_time()
+    locate(dict.fromkeys(names, (64, 64)))
+    assert time.process_time() - started < 6
 
 
 def test_the_language_models_width_is_that_of_its_words_or_what_its_config_says():

@@ -133,6 +133,6 @@ def image_size(processor: Any) -> int:
     for key in ("height", "shortest_edge", "longest_edge"):
         # Some releases of transformers have a dict here, others a class that is none.
         value = size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
-        if isinstance(value, int) and value > 0:
+        if type(value) is int and value > 0:  # True is no size
             return min(value, LARGEST_IMAGE)
     return 336
