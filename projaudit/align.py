@@ -84,12 +84,16 @@ def hidden_scale(
     after_bias: Tensor | None,
     next_before: Tensor,
     next_after: Tensor,
+    *,
+    signed: bool = False,
 ) -> Tensor | None:
     """Row scales `s` (h,) of the tuned layer that the next layer's columns take back, or None.
 
-    Exact for ReLU only: relu(s·z) = s·relu(z) for s > 0. A unit counts as rescaled where its row
-    norm changed by more than 2 % and the next layer's column norm changed by the inverse, to a
-    quarter of that on the log scale; the others get 1 (threats K3).
+    Exact for what passes on linearly: relu(s·z) = s·relu(z) for s > 0, and the side of a gated
+    step that has no activation for any s (`signed`). A unit counts as rescaled where its row norm
+    changed by more than 2 % and the next layer's column norm changed by the inverse, to a quarter
+    of that on the log scale, and as flipped where both turned round (cosine ≤ −0.9); the others
+    get 1 (threats K3).
     """
     tiny = torch.finfo(before.dtype).tiny
     old = _rows(before, before_bias).norm(dim=1).clamp_min(tiny)
@@ -99,7 +103,12 @@ def hidden_scale(
         next_after.norm(dim=0).clamp_min(tiny) / next_before.norm(dim=0).clamp_min(tiny)
     ).log()
     rescaled = (row.abs() > _SCALED) & ((row + column).abs() < _ABSORBED * row.abs())
-    return torch.where(rescaled, row.exp(), torch.ones_like(row)) if rescaled.any() else None
+    scale = torch.where(rescaled, row.exp(), torch.ones_like(row))
+    if signed:
+        turned = _row_cosines(before, after, before_bias, after_bias) <= -_IN_PLACE
+        turned &= _row_cosines(next_before.T, next_after.T, None, None) <= -_IN_PLACE
+        scale = torch.where(turned, -scale, scale)
+    return scale if bool((scale != 1).any()) else None
 
 
 def far(before: Tensor, after: Tensor) -> bool:

@@ -525,13 +525,13 @@ def families() -> None:
 
 @families.command("list")
 def list_families() -> None:
-    """One line per family: name, forward path, architectures."""
+    """Every family: name, architectures, forward path."""
     from projaudit.projector import families as known
 
     paths = {family.name: " → ".join(family.chain) for family in known()}
-    wide = max(map(len, paths.values()))
     for family in known():
-        _print(f"{family.name:<18} {paths[family.name]:<{wide}} {', '.join(family.architectures)}")
+        _print(f"{family.name:<29} {', '.join(family.architectures)}")
+        _print(f"{'':<29} {paths[family.name]}")
 
 
 @families.command("show")
@@ -546,17 +546,27 @@ def show_family(family: str) -> None:
             f"there is no family {clean(family)!r}", "family", remedy="see `families list`"
         )
     _print(f"{found.name}: {', '.join(found.architectures)}")
-    _print(f"  module   {', '.join(prefix + found.word for prefix in found.prefixes)}")
+    others = ", which hold other things too" if found.scattered else ""
+    _print(f"  modules  {', '.join(found.modules)}{others}")
     for kind, roles in (
         ("norms", found.norms),
         ("layers", found.linears),
+        ("others", found.matrices),
         ("vectors", found.vectors),
     ):
         for role, names in roles.items():
             _print(f"  {kind:<8} {role}: {', '.join(name or 'the module' for name in names)}")
-    keys = "".join(f", or as {key} says" for key in found.act_keys)
+    for role, layout in found.layouts.items():
+        _print(f"  layout   {role}: {layout}")
+    if found.optional:
+        _print(f"  optional {', '.join(sorted(found.optional))}")
     _print(f"  path     {' → '.join(found.chain)}")
-    _print(f"  $act     {found.act_default}{keys}")
+    if "$act" in "".join(found.chain):
+        keys = "".join(f", or as {key} says" for key in found.act_keys)
+        _print(f"  $act     {found.act_default}{keys}")
+    if found.norms:
+        key = f", or as {found.eps_key} says" if found.eps_key else ""
+        _print(f"  epsilon  {found.eps_default:g}{key}")
     _print(f"  source   {found.source}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise, takewhile
+from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from projaudit.chain import EPS, linear_roles, parse
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.inert import clean
 from projaudit.position import module_of, positioned, text_widths
@@ -18,8 +19,20 @@ from projaudit.position import module_of, positioned, text_widths
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Wrappers of training frameworks (DDP, compile, FSDP, PEFT), in front of any family's prefix.
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+Layout = Literal["plain", "transposed", "unfold"]
+"""How a linear layer's tensor lies: (out, in); (in, out); columns channel by channel."""
+
+# What stands in front of any family's module: base models of transformers' generations, models
+# within models, wrappers of training frameworks (DDP, compile, FSDP, PEFT).
+_WRAPPERS = (
+    "model.",
+    "module.",
+    "thinker.",
+    "vlm.",
+    "base_model.model.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+)
 # Leaves of adapters as peft writes them, and of packed weights as quantisers do.
 _ADAPTER = re.compile(
     r"\.lora_[A-Z]\b|\.lora_magnitude|\.(hada|lokr)_w|\.(ia3_l|hra_u|vera_lambda)"
@@ -38,18 +51,39 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    word: str
-    prefixes: tuple[str, ...]
+    modules: tuple[str, ...]
+    scattered: bool
+    """Whether its modules hold other things too."""
     linears: Mapping[str, tuple[str, ...]]
+    matrices: Mapping[str, tuple[str, ...]]
     norms: Mapping[str, tuple[str, ...]]
     vectors: Mapping[str, tuple[str, ...]]
+    layouts: Mapping[str, Layout]
+    optional: frozenset[str]
+    """Roles that may be absent."""
     any_depth: bool
     """Whether the last of its layers may be absent."""
     chain: tuple[str, ...]
     act_keys: tuple[str, ...]
     act_default: str
     eps_key: str
+    eps_default: float
+    width_key: str
+    """Config key of the language model's width."""
     source: str
+
+    @cached_property
+    def places(self) -> tuple[re.Pattern[str], ...]:
+        """What matches a module's path and the dot behind it."""
+        return tuple(
+            re.compile("".join(r"\d{1,4}" if part == "#" else re.escape(part) for part in parts))
+            for parts in (re.split("(#)", f"{module}.") for module in self.modules)
+        )
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Of each module the longest part of its path: few other tensors hold it."""
+        return frozenset(max(reversed(m.split(".")), key=len) for m in self.modules)
 
 
 @dataclass(frozen=True)
@@ -60,7 +94,19 @@ class Linear:
     weight: str
     bias: str | None
     shape: tuple[int, int]
-    """(out, in)."""
+    """(out, in), whatever the layout."""
+    layout: Layout = "plain"
+    groups: int = 1
+    """Of an unfolded one: how many tokens its columns are of."""
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W (out × in) of its tensor as stored; the columns token by token."""
+        if self.layout == "transposed":
+            return stored.T
+        if self.layout == "unfold":
+            parts = stored.reshape(self.shape[0], -1, self.groups)
+            return parts.transpose(1, 2).reshape(self.shape)
+        return stored.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -69,14 +115,16 @@ class Projector:
 
     family: str
     kind: str
-    """`linear`, `mlp2`, `mlp3`, …; `norm+` in front where a norm comes first; `5 matrices`."""
+    """`linear`, `mlp2`, `mlp3`, …, `gated mlp3`; `norm+` in front and `+norm` behind where a norm
+    is there; `5 matrices` where the forward path is not known."""
     prefix: str
     linears: tuple[Linear, ...]
+    """Those of the forward path in its order, then other matrices."""
     vectors: Mapping[str, str]
     """Role -> name of the 1-D tensors that are no linear layer's bias (norms, image_newline)."""
     chain: tuple[str, ...]
-    """Forward path: roles, and activations as `act:<name>`; empty where it is not known."""
-    norm_eps: float = 1e-5
+    """Forward path (`chain.py` says what each step means); empty where it is not known."""
+    norm_eps: float = EPS
     """Epsilon of its norm layers."""
     unexpected: tuple[str, ...] = ()
     """Tensors inside the projector's module that the family does not know."""
@@ -84,14 +132,20 @@ class Projector:
     """Tensors that hold weights in a way that is not read: quantised, or an adapter's."""
 
     @property
+    def path(self) -> tuple[Linear, ...]:
+        """The linear layers of the forward path; all of them where it is not known."""
+        on_it = linear_roles(self.chain)
+        return tuple(layer for layer in self.linears if not on_it or layer.role in on_it)
+
+    @property
     def in_features(self) -> int:
         """Width of what the encoder hands over; 0 where no matrix says."""
-        return self.linears[0].shape[1] if self.linears else 0
+        return self.path[0].shape[1] if self.linears else 0
 
     @property
     def out_features(self) -> int:
         """Width of the language model's embeddings; 0 where no matrix says."""
-        return self.linears[-1].shape[0] if self.linears else 0
+        return self.path[-1].shape[0] if self.linears else 0
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -113,19 +167,25 @@ def _family(entry: dict[str, Any]) -> Family:
     def names(key: str) -> dict[str, tuple[str, ...]]:
         return {role: tuple(found) for role, found in entry.get(key, {}).items()}
 
+    act, eps = entry.get("act", {}), entry.get("eps", {})
     return Family(
         name=entry["name"],
         architectures=tuple(entry["architectures"]),
-        word=entry["word"],
-        prefixes=tuple(entry["prefixes"]),
+        modules=tuple(entry["modules"]),
+        scattered=entry.get("scattered", False),
         linears=names("linears"),
+        matrices=names("matrices"),
         norms=names("norms"),
         vectors=names("vectors"),
+        layouts=entry.get("layouts", {}),
+        optional=frozenset(entry.get("optional", ())),
         any_depth=entry.get("depth") == "any",
         chain=tuple(entry["chain"]),
-        act_keys=tuple(entry["act"]["keys"]),
-        act_default=entry["act"]["default"],
-        eps_key=entry.get("eps", ""),
+        act_keys=tuple(act.get("keys", ())),
+        act_default=act.get("default", "linear"),
+        eps_key=eps.get("key", ""),
+        eps_default=eps.get("default", EPS),
+        width_key=entry.get("width", ""),
         source=entry["source"],
     )
 
@@ -144,8 +204,10 @@ def locate(
     architectures = set(strings((config or {}).get("architectures")))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
+    candidates = likely(shapes)
+    taken: set[str] = set()
     for family in known:
-        for module, names in modules(family, shapes).items():
+        for module, names in modules(family, candidates).items():
             if module in found:
                 continue
             declared = bool(architectures & set(family.architectures))
@@ -155,15 +217,16 @@ def locate(
                 if declared:
                     raise
                 continue  # another family's, that happens to use these names
-            if projector is not None and (declared or not projector.unexpected):
-                found[module] = projector
-    known_modules = tuple(f"{module}." for module in found)
-    taken = {name for projector in found.values() for name in projector.tensors}
+            if projector is None or (projector.unexpected and not declared):
+                continue
+            if taken.isdisjoint(projector.tensors):
+                found[_key(found, projector)] = projector
+                taken |= {*projector.tensors, *projector.unexpected}
     for group in positioned(shapes, config):
-        rest = [name for name in group if name not in taken and not name.startswith(known_modules)]
+        rest = [name for name in group if name not in taken]
         if rest:
             projector = _unknown(rest, shapes, text_widths(shapes, config or {}))
-            found[rest[0] if projector.prefix in found else projector.prefix] = projector
+            found[_key(found, projector)] = projector
     # Those whose function is known come first: what runs the model runs one.
     return tuple(found[module] for module in sorted(found, key=lambda m: (not found[m].chain, m)))
 
@@ -181,22 +244,36 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise FormatError("has a value of the wrong type", "config", field=key)
 
 
-def modules(family: Family, names: Mapping[str, object]) -> dict[str, list[str]]:
-    """Module path -> tensors below it, for every place where the family's module may stand."""
-    modules: dict[str, list[str]] = {}
+def _key(found: Mapping[str, Projector], projector: Projector) -> str:
+    return projector.linears[0].weight if projector.prefix in found else projector.prefix
+
+
+def likely(names: Iterable[str]) -> list[str]:
+    """The names that hold a word of any family."""
+    words = frozenset[str]().union(*(family.words for family in families()))
+    return [name for name in names if not words.isdisjoint(name.split("."))]
+
+
+def modules(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
+    """Module path -> tensors below it, for every place where the family's module may stand.
+
+    `names` may be those that `likely` leaves.
+    """
+    found: dict[str, list[str]] = {}
     for name in names:
-        if family.word not in name:  # most of a large checkpoint's
+        if family.words.isdisjoint(name.split(".")):
             continue
-        stripped = name
-        while wrapper := next((w for w in _WRAPPERS if stripped.startswith(w)), ""):
-            stripped = stripped[len(wrapper) :]
-        for prefix in family.prefixes:
-            path = prefix + family.word
-            if stripped.startswith(path + "."):
-                wrapped = name[: len(name) - len(stripped)]
-                modules.setdefault(wrapped + path, []).append(name)
+        start = 0
+        while True:
+            place = next((m for p in family.places if (m := p.match(name, start))), None)
+            if place is not None:
+                found.setdefault(name[: place.end() - 1], []).append(name)
                 break
-    return modules
+            wrapper = next((w for w in _WRAPPERS if name.startswith(w, start)), "")
+            if not wrapper:
+                break
+            start += len(wrapper)
+    return found
 
 
 def match(
@@ -210,66 +287,121 @@ def match(
 
     Raises FormatError where layers are missing or do not chain.
     """
-    rest = set(names)
+    rest, wrapper = set(names), _wrapper(module)
 
     def take(locals_: Sequence[str], leaf: str) -> str | None:
         for local in locals_:
-            name = ".".join(part for part in (module, local, leaf) if part)
-            if name in rest:
+            if local.startswith("="):
+                name = f"{module}.{local[1:]}" if leaf == "weight" else ""
+            elif local.startswith("^"):
+                name = f"{wrapper}{local[1:]}.{leaf}"
+            else:
+                name = ".".join(part for part in (module, local, leaf) if part)
+            if name in rest or (name in shapes and local.startswith("^")):
                 rest.discard(name)
                 return name
         return None
 
     norms: dict[str, str] = {}
+    biased = {step.roles[0] for step in map(parse, family.chain) if step.kind == "norm"}
     for role, locals_ in family.norms.items():
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
-        if weight is None or bias is None:
+        if weight is None and bias is None and role in family.optional:
+            continue
+        if weight is None or (bias is None) is (role in biased) or len(shapes[weight]) != 1:
             return None  # another family with the same module name
-        norms |= {f"{role}.weight": weight, f"{role}.bias": bias}
+        norms[f"{role}.weight"] = weight
+        if bias is not None:
+            norms[f"{role}.bias"] = bias
     if _packed(family, module, names):
         return None  # by its position, so that all that is packed is taken
-    linears = []
-    for role, locals_ in family.linears.items():
+    linears: list[Linear] = []
+    matrices: list[Linear] = []
+    for role, locals_ in (*family.linears.items(), *family.matrices.items()):
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
         if weight is not None:
+            layout = family.layouts.get(role, "plain")
             shape = tuple(shapes[weight])
             if 0 in shape:
                 raise _saved_empty(weight, shape)
-            if len(shape) != 2:
+            if len(shape) != 2 and not (layout == "unfold" and len(shape) == 4):
                 return None  # a norm or a convolution where this family has a linear layer
-            linears.append(Linear(role, weight, bias, (shape[0], shape[1])))
+            layer = _laid_out(role, weight, bias, shape, layout, norms, shapes)
+            (linears if role in family.linears else matrices).append(layer)
         elif bias is not None:
             raise FormatError(
                 f"has {clean(bias)} and no weight beside it", "projector", field=clean(module)
             )
     if not linears:
         return None
-    expected = list(family.linears)[: len(linears)]
-    if [layer.role for layer in linears] != expected or (
-        not family.any_depth and len(linears) < len(family.linears)
-    ):
-        missing = next(r for r in family.linears if r not in {layer.role for layer in linears})
+    wanted = [role for role in family.linears if role not in family.optional]
+    there = [layer.role for layer in linears if layer.role not in family.optional]
+    if there != wanted[: len(there)] or (not family.any_depth and len(there) < len(wanted)):
+        missing = next(role for role in wanted if role not in there)
+        if family.scattered:
+            return None
         raise FormatError(f"layer {missing} is missing", "projector", field=clean(module))
-    _check_chain(module, linears, shapes)
-    if any(tuple(shapes[name]) != (linears[0].shape[1],) for name in norms.values()):
-        return None  # a norm of another width, before its tokens are merged
+    roles = {layer.role for layer in linears} | {n.rpartition(".")[0] for n in norms}
+    chain = _chain(family, roles, config)
+    if not _check_chain(module, chain, linears, norms, shapes):
+        return None  # a norm of another width
     vectors = dict(norms)
     for role, full_names in family.vectors.items():
-        wrapper = module[: module.index(family.word)]
         for name in full_names:
             if name in shapes and (name.startswith(wrapper) or not wrapper):
                 vectors[role] = name
-    kind = "linear" if len(linears) == 1 else f"mlp{len(linears)}"
-    return Projector(
+    order = {role: n for n, role in enumerate(linear_roles(chain))}
+    projector = Projector(
         family=family.name,
-        kind=("norm+" if norms else "") + kind,
+        kind=_kind(chain),
         prefix=module,
-        linears=tuple(linears),
+        linears=(*sorted(linears, key=lambda layer: order[layer.role]), *matrices),
         vectors=vectors,
-        chain=_chain(family, {layer.role for layer in linears}, config),
+        chain=chain,
         norm_eps=_eps(family, config),
-        unexpected=tuple(sorted(rest)),
+        unexpected=() if family.scattered else tuple(sorted(rest)),
     )
+    _check_width(family, projector, config)
+    return projector
+
+
+def _wrapper(module: str) -> str:
+    """What stands in front of a module and is none of its own."""
+    start = 0
+    while wrapper := next((w for w in _WRAPPERS if module.startswith(w, start)), ""):
+        start += len(wrapper)
+    return module[:start]
+
+
+def _laid_out(
+    role: str,
+    weight: str,
+    bias: str | None,
+    shape: tuple[int, ...],
+    layout: Layout,
+    norms: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+) -> Linear:
+    """A linear layer as its tensor lies; of an unfolded one the tokens that it merges."""
+    if layout == "transposed":
+        return Linear(role, weight, bias, (shape[1], shape[0]), layout)
+    columns = math.prod(shape[1:])
+    width = shape[1] if len(shape) == 4 else columns
+    if layout == "unfold" and len(shape) == 2:
+        # torch's unfold puts channel by channel what a norm in front of it saw token by token.
+        widths = [shapes[name][0] for name in norms.values() if columns % shapes[name][0] == 0]
+        width = widths[0] if widths else columns
+    return Linear(role, weight, bias, (shape[0], columns), layout, columns // width)
+
+
+def _kind(chain: Sequence[str]) -> str:
+    steps = [parse(step) for step in chain]
+    norms = ("norm", "rms", "rms1")
+    gated = any(step.kind in ("glu", "halves") for step in steps)
+    count = len(linear_roles(chain))
+    middle = "linear" if count == 1 else f"{'gated ' if gated else ''}mlp{count}"
+    before = "norm+" if steps[0].kind in norms else ""
+    return before + middle + ("+norm" if steps[-1].kind in norms else "")
 
 
 def _unknown(
@@ -374,8 +506,17 @@ def _saved_empty(name: str, shape: Sequence[int]) -> FormatError:
 
 
 def _check_chain(
-    module: str, linears: Sequence[Linear], shapes: Mapping[str, Sequence[int]]
-) -> None:
+    module: str,
+    chain: Sequence[str],
+    linears: Sequence[Linear],
+    norms: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+) -> bool:
+    """Whether the norms have the width of what they are given.
+
+    Raises FormatError where a bias is not its weight's, or one layer does not take what another
+    gives.
+    """
     for layer in linears:
         if layer.bias is not None and tuple(shapes[layer.bias]) != (layer.shape[0],):
             raise FormatError(
@@ -384,17 +525,54 @@ def _check_chain(
                 "projector",
                 field=clean(module),
             )
-    for first, second in pairwise(linears):
-        if first.shape[0] != second.shape[1]:
-            raise FormatError(
-                f"{first.role} gives {first.shape[0]} features, "
-                f"{second.role} takes {second.shape[1]}",
-                "projector",
-                field=clean(module),
-            )
+    layers = {layer.role: layer for layer in linears}
+    width, giver, narrow = 0, "", []
+    for step in map(parse, chain):
+        if step.kind in ("norm", "rms", "rms1") and step.roles:
+            sizes = [
+                tuple(shapes[n]) for r, n in norms.items() if r.startswith(f"{step.roles[0]}.")
+            ]
+            if any(size != sizes[0] for size in sizes):
+                return False
+            if width and width % sizes[0][0]:
+                return False
+            narrow += [] if width else [sizes[0][0]]  # before its tokens are merged, it may be
+        elif step.kind == "halves":
+            if width % 2:
+                return False
+            width //= 2
+        for role in step.roles if step.kind in ("linear", "glu") else ():
+            layer = layers[role]
+            if width and layer.shape[1] != width:
+                raise FormatError(
+                    f"{giver} gives {width} features, {role} takes {layer.shape[1]}",
+                    "projector",
+                    field=clean(module),
+                )
+            if not width and any(layer.shape[1] % size for size in narrow):
+                return False
+        if step.kind in ("linear", "glu"):
+            outs = {layers[role].shape[0] for role in step.roles}
+            if len(outs) > 1:
+                raise FormatError(
+                    f"{' and '.join(step.roles)} differ in width", "projector", field=clean(module)
+                )
+            width, giver = outs.pop(), step.roles[-1]
+    return True
 
 
-def _chain(family: Family, roles: set[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+def _check_width(family: Family, projector: Projector, config: Mapping[str, Any]) -> None:
+    """Raises FormatError where the config's language model has another width."""
+    width = _get(config, family.width_key) if family.width_key else None
+    if isinstance(width, int) and not isinstance(width, bool) and width != projector.out_features:
+        raise FormatError(
+            f"gives {projector.out_features} features, {family.width_key} in the config is {width}",
+            "projector",
+            field=clean(projector.prefix),
+        )
+
+
+def _chain(family: Family, roles: Set[str], config: Mapping[str, Any]) -> tuple[str, ...]:
     act = family.act_default
     for key in family.act_keys:
         value = _get(config, key)
@@ -402,23 +580,21 @@ def _chain(family: Family, roles: set[str], config: Mapping[str, Any]) -> tuple[
             raise FormatError("is no name of an activation", "config", field=key)
         act = value or act
     steps: list[str] = []
-    for step in family.chain:
-        if step == "$act":
-            steps.append(f"act:{act}")
-        elif step in roles or step in family.norms:
-            steps.append(step)
-        else:  # the layer is absent, and so is the activation in front of it
-            steps.pop()
-            break
-    while steps and steps[-1].startswith("act:"):
+    for text in family.chain:
+        step = parse(text)
+        if all(role in roles for role in step.roles):
+            steps.append(text.replace("$act", act))
+        elif not family.optional.issuperset(step.roles):
+            break  # the layer is absent, and so is the activation in front of it
+    while steps and parse(steps[-1]).kind == "act" and not family.chain[-1].startswith("act:"):
         steps.pop()
     return tuple(steps)
 
 
 def _eps(family: Family, config: Mapping[str, Any]) -> float:
-    value = _get(config, family.eps_key)
+    value = _get(config, family.eps_key) if family.eps_key else None
     if value is None:
-        return Projector.norm_eps
+        return family.eps_default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise FormatError("is no epsilon of a norm", "config", field=family.eps_key)
     return float(value)
@@ -434,50 +610,3 @@ def _get(config: Mapping[str, Any], dotted: str) -> Any:
 def strings(value: object) -> list[str]:
     """The strings of a list; none where it is none."""
     return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
-
-
-def activations() -> Mapping[str, Any]:
-    """Activation name, as configs and transformers' ACT2FN spell it -> elementwise function."""
-    import torch
-    from torch.nn import functional as F
-
-    return {
-        "gelu": F.gelu,
-        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-        "relu": F.relu,
-        "relu2": lambda x: F.relu(x).square(),
-        "silu": F.silu,
-        "swish": F.silu,
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-        "linear": lambda x: x,
-    }
-
-
-def forward(chain: Sequence[str], weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """P(x): the chain applied to x (n × in, fp32) with `<role>.weight` and `<role>.bias`.
-
-    A norm's epsilon is `<role>.eps`, 1e-5 where it is not given. Raises UnsupportedError for an
-    activation that is not known.
-    """
-    from torch.nn import functional as F
-
-    known = activations()
-    for step in chain:
-        if step.startswith("act:"):
-            if step[4:] not in known:
-                raise UnsupportedError(f"activation {clean(step[4:])} is not known", "activation")
-            x = known[step[4:]](x)
-            continue
-        weight, bias = weights[f"{step}.weight"], weights.get(f"{step}.bias")
-        if weight.ndim == 2:
-            x = F.linear(x, weight, bias)
-        else:
-            eps = weights.get(f"{step}.eps")
-            x = F.layer_norm(
-                x, weight.shape, weight, bias, Projector.norm_eps if eps is None else float(eps)
-            )
-    return x

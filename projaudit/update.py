@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from projaudit import align
+from projaudit.chain import Hidden, affine_norms, hidden, linear_roles, parse
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.inert import clean
 from projaudit.lanczos import frobenius
@@ -102,20 +103,41 @@ class ProjectorUpdate:
     unchanged: bool = False
     """Nothing differs beyond storage rounding, biases and other 1-D tensors included."""
 
+    @property
+    def path(self) -> tuple[LayerUpdate, ...]:
+        """The layers of the forward path in its order; all of them where it is not known."""
+        on_it = linear_roles(self.chain)
+        return tuple(layer for layer in self.layers if not on_it or layer.role in on_it)
+
     def weights(self, side: str) -> dict[str, Tensor]:
-        """`<role>.weight` and `<role>.bias` of one side (`before` or `after`), for `forward`."""
-        weights: dict[str, Tensor] = {}
+        """What `forward` takes of one side (`before` or `after`): by role, and `eps`."""
+        weights: dict[str, Tensor] = {"eps": torch.tensor(self.norm_eps)}
+        folded = affine_norms(self.chain)
         for layer in self.layers:
             weights[f"{layer.role}.weight"] = getattr(layer, side)
             bias = getattr(layer, f"{side}_bias")
             if bias is not None:
                 weights[f"{layer.role}.bias"] = bias
         for vector in self.vectors:
-            # The affine part of a norm was folded into the layer behind it.
-            if vector.role.endswith(".weight"):
-                weights[vector.role] = torch.ones_like(vector.before)
-                weights[vector.role.removesuffix("weight") + "eps"] = torch.tensor(self.norm_eps)
+            role, _, leaf = vector.role.rpartition(".")
+            if role not in folded:
+                weights[vector.role] = getattr(vector, side)
+            elif leaf == "weight":  # its affine part was folded into the layers behind it
+                rest = torch.zeros_like if folded[role][0] == "rms1" else torch.ones_like
+                weights[vector.role] = rest(vector.before)
         return weights
+
+    def moved_vectors(self) -> dict[str, Tensor]:
+        """Role -> after − before of the norms' weights and biases that were not folded."""
+        folded = affine_norms(self.chain)
+        norms = {
+            role for step in map(parse, self.chain) if step.kind != "linear" for role in step.roles
+        }
+        return {
+            vector.role: vector.after - vector.before
+            for vector in self.vectors
+            if (role := vector.role.rpartition(".")[0]) in norms and role not in folded
+        }
 
 
 def pair(
@@ -177,9 +199,9 @@ def pair(
     for layer in target.linears:
         other = base_layers[layer.role]
         stored, stored_base = target_tensors[layer.weight], base_tensors[other.weight]
-        changed, floor = rounding(stored_base, stored)
-        before = stored_base.to(device, torch.float32).reshape(layer.shape)
-        after = stored.to(device, torch.float32).reshape(layer.shape)
+        changed, floor = rounding(other.matrix(stored_base), layer.matrix(stored))
+        before = other.matrix(stored_base.to(device, torch.float32))
+        after = layer.matrix(stored.to(device, torch.float32))
         layers.append(
             LayerUpdate(
                 role=layer.role,
@@ -313,28 +335,39 @@ def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _folded(
     layers: list[LayerUpdate], vectors: tuple[VectorUpdate, ...], chain: tuple[str, ...]
 ) -> list[LayerUpdate]:
-    """The layers with the affine part of a norm taken into the linear layer behind it.
+    """The layers with the affine part of a norm taken into the linear layers behind it.
 
     Exact on either side, and it makes column scalings that a norm's gamma takes back (threats K3)
     the identity that they are.
     """
     affine = {v.role: v for v in vectors}
+    norm_of = {
+        role: (norm, kind) for norm, (kind, roles) in affine_norms(chain).items() for role in roles
+    }
     folded = []
     for layer in layers:
-        before_it = chain[chain.index(layer.role) - 1] if layer.role in chain[1:] else ""
-        gamma, beta = affine.get(f"{before_it}.weight"), affine.get(f"{before_it}.bias")
+        norm, kind = norm_of.get(layer.role, ("", ""))
+        gamma, beta = affine.get(f"{norm}.weight"), affine.get(f"{norm}.bias")
         if gamma is not None:
-            old = layer.before_bias, None if beta is None else layer.before @ beta.before
-            new = layer.after_bias, None if beta is None else layer.after @ beta.after
+            scales = [_tiled(g + (kind == "rms1"), layer) for g in (gamma.before, gamma.after)]
+            old = new = None
+            if beta is not None:
+                old = layer.before @ _tiled(beta.before, layer)
+                new = layer.after @ _tiled(beta.after, layer)
             layer = replace(
                 layer,
-                before=layer.before * gamma.before,
-                after=layer.after * gamma.after,
-                before_bias=_sum(*old),
-                after_bias=_sum(*new),
+                before=layer.before * scales[0],
+                after=layer.after * scales[1],
+                before_bias=_sum(layer.before_bias, old),
+                after_bias=_sum(layer.after_bias, new),
             )
         folded.append(layer)
     return folded
+
+
+def _tiled(vector: Tensor, layer: LayerUpdate) -> Tensor:
+    """A norm's weight or bias for each of the tokens that the layer merges."""
+    return vector.repeat(layer.before.shape[1] // len(vector))
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -343,67 +376,97 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
-def neighbours(first: str, second: str, chain: tuple[str, ...]) -> bool:
-    """Whether the chain leads from one layer through one activation into the other."""
-    return any(
-        (a, b) == (first, second) and step.startswith("act:")
-        for a, step, b in zip(chain, chain[1:], chain[2:], strict=False)
-    )
-
-
 def _aligned(
     layers: list[LayerUpdate], chain: tuple[str, ...], embedding_rows: EmbeddingRows
 ) -> tuple[LayerUpdate, ...]:
-    """The layers with hidden permutations, ReLU scalings and output rotations undone.
+    """The layers with hidden permutations, scalings and output rotations undone.
 
-    Units between two layers are interchangeable where one activation stands between them, and the
-    output turns with the embeddings where the chain ends: none of it where no chain is known.
+    Units between two layers are interchangeable where a step that treats each alike stands between
+    them, and the output turns with the embeddings where a layer ends the chain: none of it where no
+    chain is known.
     """
-    for i in range(len(layers) - 1):
-        first, second = layers[i], layers[i + 1]
-        if not neighbours(first.role, second.role, chain):
-            continue
-        order = align.hidden_permutation(
-            first.before, first.after, first.before_bias, first.after_bias
-        )
-        if order is not None:
-            moved = int((order != torch.arange(len(order), device=order.device)).sum())
-            first = replace(
-                first,
-                after=first.after[order],
-                after_bias=None if first.after_bias is None else first.after_bias[order],
-                permuted_units=moved,
-            )
-            second = replace(second, after=second.after[:, order])
-        if "act:relu" in chain:
-            scale = align.hidden_scale(
-                first.before,
-                first.after,
-                first.before_bias,
-                first.after_bias,
-                second.before,
-                second.after,
-            )
-            if scale is not None:
-                first = replace(
-                    first,
-                    after=first.after / scale[:, None],
-                    after_bias=None if first.after_bias is None else first.after_bias / scale,
-                    rescaled_units=int((scale != 1).sum()),
-                )
-                second = replace(second, after=second.after * scale)
-        layers[i], layers[i + 1] = first, second
-    last = layers[-1]
-    if chain[-1:] == (last.role,) and align.far(
-        last.before, last.after
-    ):  # embedding rows are fetched for a suspicion only
+    by_role = {layer.role: layer for layer in layers}
+    for units in hidden(chain):
+        if {*units.first, units.second} <= by_role.keys():
+            by_role |= _settled(units, by_role)
+    last = by_role[chain[-1]] if chain and chain[-1] in by_role else None
+    if last is not None and align.far(last.before, last.after):
+        # embedding rows are fetched for a suspicion only
         rows = embedding_rows()
         rotation = align.output_rotation(last.before, last.after, *rows) if rows else None
         if rotation is not None:
-            layers[-1] = replace(
+            by_role[last.role] = replace(
                 last,
                 after=rotation.T @ last.after,
                 after_bias=None if last.after_bias is None else rotation.T @ last.after_bias,
                 rotated=True,
             )
-    return tuple(layers)
+    return tuple(by_role[layer.role] for layer in layers)
+
+
+def _settled(units: Hidden, layers: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
+    """The layers on either side of these units, permutation and scaling of the units undone."""
+    first, second = [layers[role] for role in units.first], layers[units.second]
+    before, after, before_bias, after_bias = _units(first, units.halved)
+    order = align.hidden_permutation(before, after, before_bias, after_bias)
+    if order is not None:
+        moved = int((order != torch.arange(len(order), device=order.device)).sum())
+        rows = torch.cat([order, order + len(order)]) if units.halved else order
+        first = [
+            replace(
+                layer,
+                after=layer.after[rows],
+                after_bias=None if layer.after_bias is None else layer.after_bias[rows],
+                permuted_units=moved,
+            )
+            for layer in first
+        ]
+        second = replace(second, after=second.after[:, order])
+    # What passes on linearly may be scaled: by s > 0 through a ReLU, by any s beside a gate.
+    gated = units.halved or len(first) > 1
+    if gated or units.act == "relu":
+        layer = first[-1]
+        kept = slice(0, len(layer.after) // 2) if units.halved else slice(None)
+        scale = align.hidden_scale(
+            layer.before[kept],
+            layer.after[kept],
+            None if layer.before_bias is None else layer.before_bias[kept],
+            None if layer.after_bias is None else layer.after_bias[kept],
+            second.before,
+            second.after,
+            signed=gated,
+        )
+        if scale is not None:
+            rows = torch.ones_like(layer.after[:, 0])
+            rows[kept] = scale
+            first[-1] = replace(
+                layer,
+                after=layer.after / rows[:, None],
+                after_bias=None if layer.after_bias is None else layer.after_bias / rows,
+                rescaled_units=int((scale != 1).sum()),
+            )
+            second = replace(second, after=second.after * scale)
+    return {layer.role: layer for layer in (*first, second)}
+
+
+def _units(
+    layers: list[LayerUpdate], halved: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(before, after, their biases) with one row for each hidden unit, of all that gives it."""
+
+    def side(name: str) -> tuple[Tensor, Tensor | None]:
+        weights = [getattr(layer, name) for layer in layers]
+        biases = [getattr(layer, f"{name}_bias") for layer in layers]
+        if not halved and len(layers) == 1:
+            return weights[0], biases[0]
+        parts: list[Tensor] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            whole = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+            parts += whole.chunk(2) if halved else [whole]
+        return torch.cat(parts, dim=1), None
+
+    (before, before_bias), (after, after_bias) = side("before"), side("after")
+    if before.shape != after.shape:  # a bias on one side only
+        columns = min(before.shape[1], after.shape[1])
+        before, after = before[:, :columns], after[:, :columns]
+    return before, after, before_bias, after_bias

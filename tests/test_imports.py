@@ -15,7 +15,7 @@ PACKAGE = Path(projaudit.__file__).parent
 # Lowest first: a module imports only modules of earlier rows, or of its own.
 LAYERS = [
     ["data", "inert", "errors", "findings", "evidence"],
-    ["metrics", "strict", "report"],
+    ["metrics", "strict", "report", "chain"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
     ["hub", "weight_files", "projector", "policy"],
     ["readings", "explain"],

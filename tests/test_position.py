@@ -16,6 +16,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, llava, save
+from safetensors.torch import load_file, save_file
 
 import projaudit
 from projaudit.errors import ProjauditError
@@ -270,18 +271,43 @@ def mistral3() -> torch.nn.Module:
     return hf.Mistral3ForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("build", [aya, mistral3])
-def test_a_projector_of_no_family_is_audited_and_does_not_pass(tmp_path: Path, build):
-    torch.manual_seed(0)
-    model = build()
-    model.save_pretrained(tmp_path / "base")
+def saved_pair(folder: Path, model: torch.nn.Module) -> int:
+    """Saves it as `base`, and as `tuned` with a small change; the number of changed tensors."""
+    model.save_pretrained(folder / "base")
     changed = 0
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if "multi_modal_projector" in part:
                 parameter.add_(0.01 * torch.randn_like(parameter))
                 changed += 1
-    model.save_pretrained(tmp_path / "tuned")
+    model.save_pretrained(folder / "tuned")
+    return changed
+
+
+@pytest.mark.parametrize("build", [aya, mistral3])
+def test_gates_and_patch_mergers_are_probed_in_a_whole_model(tmp_path: Path, build):
+    torch.manual_seed(0)
+    changed = saved_pair(tmp_path, build())
+    report = projaudit.check(str(tmp_path / "tuned"), str(tmp_path / "base"), seed=1)
+    assert report.projectors[0].family.startswith(build.__name__)
+    assert len([read for read in report.tensors if read.side == "target"]) == changed
+    assert {m.metric for m in report.measurements} >= {"shift_magnitude", "shift_concentration"}
+    assert report.verdict is Verdict.PASS, report.sentence
+
+
+@pytest.mark.parametrize("build", [aya, mistral3])
+def test_a_projector_of_no_family_is_audited_and_does_not_pass(tmp_path: Path, build):
+    torch.manual_seed(0)
+    model = build()
+    changed = saved_pair(tmp_path, model)
+    for side in ("base", "tuned"):
+        file = tmp_path / side / "model.safetensors"
+        tensors = load_file(file)
+        renamed = {
+            n.replace("multi_modal_projector.", "vision_bridge.").replace("linear_", "dense_"): t
+            for n, t in tensors.items()
+        }
+        save_file(renamed, file, metadata={"format": "pt"})
     report = projaudit.check(str(tmp_path / "tuned"), str(tmp_path / "base"), seed=1)
     (projector,) = report.projectors
     assert projector.family == "unknown"

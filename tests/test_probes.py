@@ -23,10 +23,10 @@ from projaudit.analyses.probes import (
     run_probes,
     typical_norm,
 )
+from projaudit.chain import forward
 from projaudit.findings import Measurement
 from projaudit.linalg import random_orthonormal
 from projaudit.metrics import METRICS, Skip, Value
-from projaudit.projector import forward
 from projaudit.update import LayerUpdate, ProjectorUpdate, VectorUpdate
 
 NAMES = [name for name, metric in METRICS.items() if metric.function.__module__ == probes.__name__]
@@ -94,7 +94,7 @@ def projector(
     vectors: tuple[VectorUpdate, ...] = ()
     if norm_first:  # its affine part is folded into the first layer
         vectors = (VectorUpdate("norm.weight", "projector/norm.weight", *[torch.ones(width)] * 2),)
-        chain = ["norm", *chain]
+        chain = ["norm:norm", *chain]
     return ProjectorUpdate(
         subject="projector",
         layers=tuple(layers),
@@ -394,8 +394,8 @@ def test_a_trigger_direction_outside_the_isotropic_probes_is_found() -> None:  #
         ({"nonfinite": {"linear_1.weight": 3}, "layers": ()}, "NaN or Inf"),
         (
             {
-                "chain": ("norm", "linear_1", "act:gelu", "linear_2"),
-                "base_chain": ("norm", "linear_1", "act:gelu", "linear_2"),
+                "chain": ("norm:norm", "linear_1", "act:gelu", "linear_2"),
+                "base_chain": ("norm:norm", "linear_1", "act:gelu", "linear_2"),
             },
             "norm is in only one",
         ),

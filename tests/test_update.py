@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, P, Tensors, llava, tuned
 
+from projaudit.chain import forward
 from projaudit.errors import BaseError, UnsupportedError
-from projaudit.projector import forward, locate
+from projaudit.projector import locate
 from projaudit.update import ProjectorUpdate, pair, rounding
 
 W1, W2 = f"{P}linear_1.weight", f"{P}linear_2.weight"
@@ -171,7 +172,7 @@ def test_norm_gamma_absorbs_column_scaling():
     gamma = f"{P}projector_layernorm.weight"
     target = base | {gamma: base[gamma] / scale, W1: base[W1] * scale}
     update = paired(base, target, config)
-    assert update.chain[0] == "projector_layernorm"
+    assert update.chain[0] == "norm:projector_layernorm"
     assert float(delta(update, "linear_1").norm()) < 1e-5
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
     stored = {n.removeprefix(P): t for n, t in target.items() if n.startswith(P)}
@@ -244,3 +245,94 @@ def test_huge_finite_weights_do_not_pass_for_small():
     measured, _ = run("layer", "projector/linear_1", update.layers[0])
     norm = next(m.value for m in measured if m.metric == "relative_norm")
     assert norm > 1e30
+
+
+# Gated projectors
+
+GATED = {
+    "vision_backbone.image_projector.w1.weight": (80, 48),
+    "vision_backbone.image_projector.w3.weight": (80, 48),
+    "vision_backbone.image_projector.w2.weight": (64, 80),
+}
+HALVED = {
+    "multi_modal_projector.linear_1.weight": (160, 48),
+    "multi_modal_projector.linear_2.weight": (64, 80),
+}
+
+
+def gated(shapes: dict[str, tuple[int, int]], seed: int = 0) -> Tensors:
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(shape, generator=g) / shape[1] ** 0.5 for n, shape in shapes.items()}
+
+
+def reordered(tensors: Tensors, order: torch.Tensor) -> Tensors:
+    """The same function, its hidden units in another order."""
+    *first, last = tensors
+    rows = order if len(first) == 2 else torch.cat([order, order + len(order)])
+    return {n: tensors[n][rows] for n in first} | {last: tensors[last][:, order]}
+
+
+def scaled(tensors: Tensors, scale: torch.Tensor) -> Tensors:
+    """The same function: what a gate lets pass is larger, and the next layer takes less of it."""
+    *first, last = tensors
+    linear = first[-1]  # w3, or the first half of linear_1
+    rows = torch.ones(len(tensors[linear]))
+    rows[: len(scale)] = scale
+    return tensors | {linear: tensors[linear] * rows[:, None], last: tensors[last] / scale}
+
+
+def pair_of(base: Tensors, target: Tensors) -> ProjectorUpdate:
+    projector = locate({n: tuple(t.shape) for n, t in base.items()})[0]
+    return pair(
+        projector,
+        projector,
+        target,
+        base,
+        subject="projector",
+        device=torch.device("cpu"),
+        rank=8,
+        generator=torch.Generator().manual_seed(1),
+    )
+
+
+@pytest.mark.parametrize("shapes", [GATED, HALVED], ids=["gate and up", "halves"])
+def test_permuting_and_scaling_the_units_of_a_gate_is_undone(shapes: dict[str, tuple[int, int]]):
+    """threats K1 and K3 for gates: nothing is left of it but the update itself."""
+    base = gated(shapes)
+    g = torch.Generator().manual_seed(5)
+    target = {n: t + 0.002 * torch.randn(t.shape, generator=g) for n, t in base.items()}
+    honest = pair_of(base, target)
+    assert [layer.permuted_units + layer.rescaled_units for layer in honest.layers] == [
+        0 for _ in honest.layers
+    ]
+    scale = torch.linspace(0.5, 2.0, 80)
+    hidden = reordered(scaled(target, scale), torch.randperm(80, generator=g))
+    update = pair_of(base, hidden)
+    assert max(layer.permuted_units for layer in update.layers) > 70
+    assert max(layer.rescaled_units for layer in update.layers) > 60
+    for layer, plain in zip(update.layers, honest.layers, strict=True):
+        naive = float((hidden[layer_name(base, layer.role)] - layer.before).norm())
+        assert float(layer.delta.norm()) < 0.1 * naive
+        assert float(layer.delta.norm()) < 2 * float(plain.delta.norm())
+    x = torch.randn(7, 48, generator=g)
+    stored = {
+        f"{layer.role}.weight": hidden[layer_name(base, layer.role)] for layer in update.layers
+    }
+    assert torch.allclose(
+        forward(update.chain, update.weights("after"), x),
+        forward(update.chain, stored, x),
+        atol=1e-4,
+    )
+
+
+def layer_name(tensors: Tensors, role: str) -> str:
+    projector = locate({n: tuple(t.shape) for n, t in tensors.items()})[0]
+    return next(layer.weight for layer in projector.linears if layer.role == role)
+
+
+def test_a_unit_turned_round_behind_a_gate_is_no_change():
+    base = gated(GATED)
+    signs = torch.where(torch.arange(80) % 9 == 0, -1.0, 1.0)
+    update = pair_of(base, scaled(base, signs))
+    assert max(layer.rescaled_units for layer in update.layers) == 9
+    assert all(float(layer.delta.norm()) == 0 for layer in update.layers)

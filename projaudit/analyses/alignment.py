@@ -191,12 +191,12 @@ def aim_of(ctx: ProjectorContext, count: int) -> Aim:
     """The update's leading directions, `count` of each sort; without probes those of ΔW alone."""
     if ctx.update.nonfinite:
         raise Skip("the target's projector has NaN or Inf entries")
-    if ctx.update.layers[-1].rotated:
+    if ctx.update.path[-1].rotated:
         raise Skip("the output space was rotated, so directions are in other coordinates")
     try:
         responses = ctx.probes.update
     except Skip:
-        written = leading(ctx.update.layers[-1], left=True).T
+        written = leading(ctx.update.path[-1], left=True).T
         responses = Responses({}, written[:0], written)
     aim = _aim(responses, count)
     if not aim.names:

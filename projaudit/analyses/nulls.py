@@ -25,19 +25,23 @@ class Change:
 
     linear: Mapping[str, Callable[[Tensor], Tensor]]
     """Role -> x ↦ ΔW x + Δb (rows are inputs). A random one may be called only once."""
+    vectors: Mapping[str, Tensor]
+    """Role -> change of a norm's weight or bias that is no linear layer's."""
     read: Tensor
     """Leading right singular vectors of ΔW1 (in × r)."""
     written: Tensor
+    """Leading left singular vectors of the last ΔW (out × r)."""
 
 
 def real_change(update: ProjectorUpdate) -> Change:
     """The update as it is."""
     return Change(
         linear={
-            layer.role: partial(_dense, layer.delta, _bias_delta(layer)) for layer in update.layers
+            layer.role: partial(_dense, layer.delta, _bias_delta(layer)) for layer in update.path
         },
-        read=leading(update.layers[0]),
-        written=leading(update.layers[-1], left=True),
+        vectors=update.moved_vectors(),
+        read=leading(update.path[0]),
+        written=leading(update.path[-1], left=True),
     )
 
 
@@ -47,7 +51,7 @@ def random_change(update: ProjectorUpdate, kind: str, generator: Generator) -> C
 
     linear: dict[str, Callable[[Tensor], Tensor]] = {}
     read, written = [], []
-    for layer in update.layers:
+    for layer in update.path:
         m, n = layer.before.shape
         values = (
             layer.spectrum.values
@@ -67,7 +71,10 @@ def random_change(update: ProjectorUpdate, kind: str, generator: Generator) -> C
         )
         read.append(right[:, : leading(layer).shape[1]])
         written.append(left[:, : leading(layer, left=True).shape[1]])
-    return Change(linear, read[0], written[-1])
+    vectors = {
+        role: _redirected(moved, generator) for role, moved in update.moved_vectors().items()
+    }
+    return Change(linear, vectors, read[0], written[-1])
 
 
 def random_action(

@@ -23,9 +23,9 @@ from projaudit.analyses.nulls import (
     unit,
 )
 from projaudit.analyses.subspace import SUBSPACE_RANK
+from projaudit.chain import activations, acts, carried, forward, parse
 from projaudit.findings import Series
 from projaudit.metrics import Skip, Value, measures
-from projaudit.projector import activations, forward
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -126,7 +126,7 @@ def typical_norm(update: ProjectorUpdate) -> float:
     """
     from projaudit.analyses.magnitude import frobenius
 
-    weight = update.layers[0].before
+    weight = update.path[0].before
     if _norm_first(update):
         return math.sqrt(update.in_features)
     return math.sqrt(weight.numel()) / frobenius(weight)
@@ -138,8 +138,8 @@ def run_probes(update: ProjectorUpdate, budget: ProbeBudget = BUDGET) -> Probes:
     Nulls change every bias by the same norm in a random direction, and every layer by a ΔW of the
     same Frobenius norm: `equal_norm` Gaussian, `equal_spectrum` with the same leading singular
     values and a flat bulk. The probes along ΔW1 use each null's own directions.
-    Steps other than linear layers are the same on both sides (ProjectorUpdate folds a norm's
-    affine part into the layer behind it).
+    A norm's affine part is in the layer behind it (ProjectorUpdate folds it), or is changed by the
+    same norm in a random direction, too.
     Shifts are propagated as differences, δ ← W0 δ + ΔW (h + δ), so that a small one does not drown
     in the rounding of two large outputs.
     Raises Skip where the projector's function is not known or differs by more than weights.
@@ -153,7 +153,7 @@ def run_probes(update: ProjectorUpdate, budget: ProbeBudget = BUDGET) -> Probes:
     changes = [real_change(update)]
     kinds = [kind for kind in ("equal_norm", "equal_spectrum") for _ in range(budget.draws)]
     changes += [random_change(update, kind, generator) for kind in kinds]
-    like = update.layers[0].before
+    like = update.path[0].before
     isotropic = unit(gaussian(budget.directions, update.in_features, like, generator))
     aimed = [_aimed(change.read, budget, generator) for change in changes]
     inputs = [_grid(isotropic, NORMS)]
@@ -187,18 +187,16 @@ def _require(update: ProjectorUpdate) -> None:
             f"base and target compute different functions: {' → '.join(update.base_chain)} "
             f"and {' → '.join(update.chain)}"
         )
-    known = activations()
-    for step in update.chain:
-        if step.startswith("act:") and step[4:] not in known:
-            raise Skip(f"activation {step[4:]} is not known")
+    for name in sorted(acts(update.chain) - activations().keys()):
+        raise Skip(f"activation {name} is not known")
     weights = update.weights("before")
-    for step in update.chain:
-        if not step.startswith("act:") and f"{step}.weight" not in weights:
-            raise Skip(f"{step} is in only one of base and target, or in another shape")
+    for role in (role for step in update.chain for role in parse(step).roles):
+        if f"{role}.weight" not in weights:
+            raise Skip(f"{role} is in only one of base and target, or in another shape")
 
 
 def _norm_first(update: ProjectorUpdate) -> bool:
-    return update.chain[0] not in {layer.role for layer in update.layers}
+    return parse(update.chain[0]).kind in ("norm", "rms", "rms1")
 
 
 def _aimed(read: Tensor, budget: ProbeBudget, generator: Generator) -> dict[str, Tensor]:
@@ -278,14 +276,10 @@ def leading_shifts(groups: Sequence[Tensor]) -> Tensor:
 
 def _shift(update: ProjectorUpdate, change: Change, states: list[Tensor]) -> Tensor:
     """P_tuned(x) − P_base(x) (n × out), given what the base computes on the way."""
-    weights, delta = update.weights("before"), None
+    weights = update.weights("before")
+    delta: Tensor | None = None
     for step, before, after in zip(update.chain, states, states[1:], strict=False):
-        moved = before if delta is None else before + delta
-        if step in change.linear:
-            own = change.linear[step](moved)
-            delta = own if delta is None else own + delta @ weights[f"{step}.weight"].T
-        else:
-            delta = forward((step,), weights, moved) - after
+        delta = carried(step, weights, change.linear, change.vectors, before, after, delta)
     assert delta is not None
     return delta
 

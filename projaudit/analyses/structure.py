@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from projaudit.chain import activations, acts
 from projaudit.checkpoint import Checkpoint
 from projaudit.metrics import Skip, Value, measures
-from projaudit.projector import activations
 from projaudit.report import Coverage, Identity, Provenance
 
 if TYPE_CHECKING:
@@ -131,5 +131,5 @@ def rest_differs(facts: Facts) -> Value:
 def function_known(ctx: ProjectorContext) -> float:
     """1 where target and base compute the same known chain of layers, so that it can be probed."""
     chain = ctx.update.chain
-    acts = {step[4:] for step in chain if step.startswith("act:")}
-    return float(bool(chain) and chain == ctx.update.base_chain and acts <= activations().keys())
+    known = acts(chain) <= activations().keys()
+    return float(bool(chain) and chain == ctx.update.base_chain and known)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from projaudit.chain import hidden
 from projaudit.findings import Null
 from projaudit.metrics import Skip, Value, measures
 
@@ -96,19 +96,22 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
     R^h (for more than two layers, that of one pair).
     """
     from projaudit.linalg import overlap
-    from projaudit.update import neighbours
 
-    layers = ctx.update.layers
+    layers = {layer.role: layer for layer in ctx.update.layers}
     if ctx.update.nonfinite:
         raise Skip("the target's projector has NaN or Inf entries")
     if len(layers) < 2:
         raise Skip("the projector has one layer")
     if not ctx.update.chain:
         raise Skip("the projector's forward path is not known")
+    pairs = [
+        (layers[role], layers[units.second])
+        for units in hidden(ctx.update.chain)
+        if not units.halved
+        for role in units.first
+    ]
     found = []
-    for first, second in pairwise(layers):
-        if not neighbours(first.role, second.role, ctx.update.chain):
-            continue
+    for first, second in pairs:
         if first.spectrum.frobenius == 0.0 or second.spectrum.frobenius == 0.0:
             continue
         k = min(SUBSPACE_RANK, len(first.spectrum.values), len(second.spectrum.values))
