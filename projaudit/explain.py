@@ -61,7 +61,10 @@ def _near(
 ) -> Iterator[tuple[str, str]]:
     taken = {name for projector in projectors for name in projector.tensors}
     settled = {projector.prefix for projector in projectors if projector.family != "unknown"}
+    declared = set(strings(config.get("architectures")))
     for family in families():
+        if family.scattered and declared.isdisjoint(family.architectures):
+            continue  # its modules hold other things, so that they are there says nothing
         for module, names in modules(family, shapes).items():
             if module not in settled:
                 why = _mismatch(family, module, names, shapes, config)

@@ -208,8 +208,6 @@ def locate(
     taken: set[str] = set()
     for family in known:
         for module, names in modules(family, candidates).items():
-            if module in found:
-                continue
             declared = bool(architectures & set(family.architectures))
             try:
                 projector = match(family, module, names, shapes, config or {})
@@ -303,12 +301,15 @@ def match(
         return None
 
     norms: dict[str, str] = {}
-    biased = {step.roles[0] for step in map(parse, family.chain) if step.kind == "norm"}
+    steps = [step for step in map(parse, family.chain) if step.kind in ("norm", "rms", "rms1")]
+    biased = {role: step.kind == "norm" for step in steps for role in step.roles}
     for role, locals_ in family.norms.items():
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
         if weight is None and bias is None and role in family.optional:
             continue
-        if weight is None or (bias is None) is (role in biased) or len(shapes[weight]) != 1:
+        if weight is None or len(shapes[weight]) != 1:
+            return None
+        if biased.get(role, bias is not None) is (bias is None):
             return None  # another family with the same module name
         norms[f"{role}.weight"] = weight
         if bias is not None:
@@ -348,14 +349,17 @@ def match(
     vectors = dict(norms)
     for role, full_names in family.vectors.items():
         for name in full_names:
-            if name in shapes and (name.startswith(wrapper) or not wrapper):
+            if name.startswith("=") and f"{module}.{name[1:]}" in rest:
+                vectors[role] = f"{module}.{name[1:]}"
+                rest.discard(vectors[role])
+            elif name in shapes and (name.startswith(wrapper) or not wrapper):
                 vectors[role] = name
     order = {role: n for n, role in enumerate(linear_roles(chain))}
     projector = Projector(
         family=family.name,
-        kind=_kind(chain),
+        kind=_kind(chain, len(linears) + len(matrices)),
         prefix=module,
-        linears=(*sorted(linears, key=lambda layer: order[layer.role]), *matrices),
+        linears=(*sorted(linears, key=lambda layer: order.get(layer.role, 0)), *matrices),
         vectors=vectors,
         chain=chain,
         norm_eps=_eps(family, config),
@@ -394,7 +398,9 @@ def _laid_out(
     return Linear(role, weight, bias, (shape[0], columns), layout, columns // width)
 
 
-def _kind(chain: Sequence[str]) -> str:
+def _kind(chain: Sequence[str], matrices: int) -> str:
+    if not chain:
+        return f"{matrices} matrices"
     steps = [parse(step) for step in chain]
     norms = ("norm", "rms", "rms1")
     gated = any(step.kind in ("glu", "halves") for step in steps)

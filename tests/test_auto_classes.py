@@ -1,0 +1,153 @@
+"""Every multimodal class of the installed transformers, built with no weights: what is located."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from projaudit import locate
+from projaudit.projector import families
+
+DATA = Path(__file__).parent / "data"
+MAPPINGS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ")
+
+# What a release of transformers cannot build from its own default config, or not without timm.
+UNBUILT = {
+    "aya_vision",
+    "chameleon",
+    "cohere_compass",
+    "deepseek_ocr2",
+    "diffusion_gemma",
+    "emu3",
+    "fast_vlm",
+    "gemma3n",
+    "granite4_vision",
+    "hunyuan_vl",
+    "moonshine_streaming",
+    "perception_lm",
+    "qwen3_omni_moe",
+    "qwen4_exp",
+}
+# Of one model, or of sound whose decoder attends to the encoder: nothing stands between two models.
+NO_PROJECTOR = {
+    "dia",
+    "mistral4",
+    "moonshine",
+    "pop2piano",
+    "seamless_m4t_v2",
+    "speech_to_text",
+    "speecht5",
+}
+# Not in the data: the modules that their classes build between the encoder and the language model.
+MODULES = {
+    "cohere2_vision": "multi_modal_projector.",
+    "fuyu": "vision_embed_tokens.",
+    "inkling2": ("vision_tower.merger.", "visual.proj_"),
+    "paddleocr_vl": ("projector.", "mlp_AR."),
+    "voxtral_realtime": "multi_modal_projector.",
+}
+# Debatable by the data's own word, and not located as it says: the last layer of an encoder that
+# has no projector behind it, and an adapter within a speech encoder.
+DEBATABLE = {"inkling_mm_model", "seamless_m4t", "seamless_m4t_v2"}
+
+
+def classes() -> list[tuple[str, str]]:
+    found = set()
+    for mapping in MAPPINGS:
+        names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES")
+        for model_type, name in names.items():
+            found |= {(model_type, n) for n in ([name] if isinstance(name, str) else name)}
+    return sorted(found)
+
+
+@cache
+def records() -> dict[str, list[dict[str, Any]]]:
+    """The facts of transformers' layouts, by model type."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for fact in json.loads(gzip.decompress((DATA / "projectors.json.gz").read_bytes())):
+        if fact["source"] == "transformers":
+            found.setdefault(fact["model_type"], []).append(fact)
+    return found
+
+
+def shallow(config: Any) -> None:
+    """Two layers a stack: the test is of names, not of patience."""
+    for key in ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(config, key, None), int) and not getattr(config, "layer_types", None):
+            setattr(config, key, min(getattr(config, key), 2))
+    for part in list(vars(config).values()):
+        if isinstance(part, hf.PreTrainedConfig):
+            shallow(part)
+
+
+def bare(name: str) -> str:
+    """A tensor's name without what wraps the model that it is of."""
+    return re.sub(r"^(model\.|thinker\.|vlm\.)+", "", name)
+
+
+def built(model_type: str, name: str) -> torch.nn.Module:
+    for reduce in (shallow, lambda config: None):
+        try:
+            config = CONFIG_MAPPING[model_type]()
+            reduce(config)
+            with torch.device("meta"):
+                return getattr(hf, name)(config)
+        except Exception as error:
+            problem = error
+    raise AssertionError(f"{model_type}: {problem}")
+
+
+@pytest.mark.parametrize(("model_type", "name"), classes())
+def test_of_a_class_exactly_the_projector_is_located(model_type: str, name: str):
+    """On the names of its modules and on those that it is saved under."""
+    if model_type in UNBUILT:
+        pytest.skip("its default config cannot be built here")
+    facts = records().get(model_type, [])
+    assert facts or model_type in {*NO_PROJECTOR, *MODULES}, "a model type that nothing is known of"
+    logging.disable(logging.WARNING)
+    try:
+        model = built(model_type, name)
+    finally:
+        logging.disable(logging.NOTSET)
+    state = dict(model.state_dict())
+    config = model.config.to_dict() | {"architectures": [name]}
+    wanted = {bare(tensor["name"]) for fact in facts for tensor in fact["projector"]}
+    allowed = wanted | {bare(tensor["name"]) for fact in facts for tensor in fact["optional"]}
+    for names in (state, revert_weight_conversion(model, dict(state))):
+        shapes = {n: tuple(t.shape) for n, t in names.items()}
+        taken = {bare(n) for p in locate(shapes, config) for n in p.tensors}
+        there = {bare(n) for n in shapes}
+        if model_type in MODULES:
+            allowed = wanted = {n for n in there if n.startswith(MODULES[model_type])}
+        if model_type not in DEBATABLE:
+            assert taken <= allowed
+            assert wanted & there <= taken
+            assert bool(taken) == bool(wanted & there)
+
+
+def test_the_shares_of_classes_with_a_family_and_with_a_chain_are_as_documented():
+    known = {a for family in families() for a in family.architectures}
+    chained = {a for family in families() if family.chain for a in family.architectures}
+    with_one = {
+        (model_type, name)
+        for model_type, name in classes()
+        if any(fact["projector"] for fact in records().get(model_type, []))
+    }
+    share = {
+        "family": sum(name in known for _, name in with_one) / len(with_one),
+        "chain": sum(name in chained for _, name in with_one) / len(with_one),
+    }
+    assert share["family"] >= 0.75, share
+    assert share["chain"] >= 0.74, share
