@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.source import Source, refuse_lfs_pointer
 from projaudit.strict import decode_json
+
+if TYPE_CHECKING:
+    from projaudit.torch_zip import Entry
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON, the format's own limit."""
@@ -61,10 +65,14 @@ class TensorInfo:
     start: int
     stop: int
     """Byte offsets in the file, end exclusive."""
+    strides: tuple[int, ...] | None = None
+    """Steps between neighbours, in elements, where they are not those of rows in order."""
+    entry: Entry | None = field(default=None, repr=False)
+    """The entry of a torch zip that its bytes are in, to be checked when they are read."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
+        """Bytes from its first element to its last."""
         return self.stop - self.start
 
     @property
@@ -75,7 +83,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds."""
+    """What a file of weights says it holds."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
