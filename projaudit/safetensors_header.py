@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.source import Source, refuse_lfs_pointer
 from projaudit.strict import decode_json
-
-if TYPE_CHECKING:
-    from projaudit.torch_zip import Entry
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON, the format's own limit."""
@@ -53,6 +49,28 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One file inside a zip, by what the zip's directory says of it; offsets in the outer file."""
+
+    name: str
+    start: int
+    """Where its local header begins."""
+    data: int
+    stop: int
+    """Its bytes, end exclusive; they stand right before the descriptor or the next entry."""
+    end: int
+    """Where the next entry begins."""
+    flags: int
+    crc: int
+    zip64: bool
+
+    @property
+    def frame(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The spans before and after its bytes: local header and descriptor."""
+        return (self.start, self.data), (self.stop, self.end)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """One tensor, by where its bytes are."""
 
@@ -68,7 +86,7 @@ class TensorInfo:
     strides: tuple[int, ...] | None = None
     """Steps between neighbours, in elements, where they are not those of rows in order."""
     entry: Entry | None = field(default=None, repr=False)
-    """The entry of a torch zip that its bytes are in, to be checked when they are read."""
+    """Where the file is a zip: what its bytes are in, to be checked when they are read."""
 
     @property
     def nbytes(self) -> int:

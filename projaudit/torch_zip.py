@@ -14,7 +14,7 @@ from typing import TypeGuard
 
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.safetensors_header import MAX_DIM, MAX_RANK, MAX_TENSORS, Header, TensorInfo
+from projaudit.safetensors_header import MAX_DIM, MAX_RANK, MAX_TENSORS, Entry, Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer
 
 MAGIC = b"PK\3\4"
@@ -99,28 +99,6 @@ _LEFTOVERS = {
     "lr_scheduler", "lr_schedulers", "scheduler_state_dict", "scaler", "amp_scaler", "rng_state",
     "rng_states", "random_states", "callbacks", "loops",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file inside a zip, by what the zip's directory says of it; offsets in the outer file."""
-
-    name: str
-    start: int
-    """Where its local header begins."""
-    data: int
-    stop: int
-    """Its bytes, end exclusive; they stand right before the descriptor or the next entry."""
-    end: int
-    """Where the next entry begins."""
-    flags: int
-    crc: int
-    zip64: bool
-
-    @property
-    def frame(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The spans before and after its bytes: local header and descriptor."""
-        return (self.start, self.data), (self.stop, self.end)
 
 
 def read_torch_zip(source: Source, path: str) -> Header:

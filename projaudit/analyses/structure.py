@@ -83,7 +83,8 @@ def base_circular(facts: Facts) -> Value:
 def ambiguous_sources(facts: Facts) -> Value:
     """Number of ways in which the repository leaves open which bytes are loaded."""
     found = [a for a in facts.checkpoint.ambiguities if a.kind != "custom-code"]
-    return Value(float(len(found)), tuple(a.message for a in found))
+    count = sum(a.kind != "equal-pickle" for a in found)
+    return Value(float(count), tuple(a.message for a in found))
 
 
 @measures("checkpoint", kind="structure", unit="files")
