@@ -268,7 +268,8 @@ def _directory(data: bytes, count: int, path: str) -> list[tuple[str, int, int, 
         if flags & ~(_DESCRIPTOR | _UTF8) or method or need > 45 or disk or comment:
             fault = "is compressed" if method else "is encrypted, split or of an unknown kind"
             raise _bad(path, fault, name)
-        if stat.S_IFMT(attributes >> 16) not in (0, stat.S_IFREG):
+        # The low half is that of DOS: torch takes an entry with its bit of folders for empty.
+        if attributes & _MAX_16 or stat.S_IFMT(attributes >> 16) not in (0, stat.S_IFREG):
             raise _bad(path, "is a link or no regular file", name)
         zip64 = bool(extra)
         if zip64:
