@@ -24,7 +24,7 @@ DIRECTORY_LIMIT = 100_000_000
 """Bytes of the zip's directory."""
 TAIL = 64 << 10
 """Bytes that the first read of a file's end asks for; few directories are longer."""
-ADVICE = "convert it to safetensors where it is trusted; projaudit never unpickles"
+ADVICE = "convert it to safetensors; projaudit never unpickles"
 
 _MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
@@ -304,6 +304,7 @@ def _check_frame(entry: Entry, header: bytes, descriptor: bytes, path: str) -> N
         header[:4] != MAGIC
         or (flags, method) != (entry.flags, 0)
         or need > 45
+        or name_length != len(name)
         or header[30 : 30 + name_length] != name
         or len(extra) != extra_length
         or not {packed, size} <= sizes
@@ -493,7 +494,8 @@ def _interpret(
                 name = f"{line()} {line()}"
                 if name not in _GLOBALS:
                     shown = clean(name.replace(" ", "."), 80)
-                    raise _unsupported(path, f"asks for {shown}, which is no part of a state dict")
+                    says = f"asks for {shown}, which is no part of a state dict"
+                    raise _unsupported(path, says, "do not unpickle it; ask for safetensors")
                 stack.append(_Name(name))
             elif code == ord("Q"):  # BINPERSID
                 stack.append(_storage(pop(), storages, used, fail))
@@ -703,8 +705,8 @@ def _no_zip(head: bytes, path: str) -> FormatError | UnsupportedError:
     return _bad(path, "is no zip file of torch.save")
 
 
-def _unsupported(path: str, message: str) -> UnsupportedError:
-    return UnsupportedError(message, "format", file=clean(path), remedy=ADVICE)
+def _unsupported(path: str, message: str, remedy: str = ADVICE) -> UnsupportedError:
+    return UnsupportedError(message, "format", file=clean(path), remedy=remedy)
 
 
 def _bad(path: str, message: str, field: str | None = None) -> FormatError:

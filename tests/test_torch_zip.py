@@ -496,6 +496,16 @@ EVIL: Mapping[str, tuple[str, str, Callable[[], bytes]]] = {
         "local header",
         lambda: patched(RAW, header_of("data.pkl") + 30, "<B", ord("b")),
     ),
+    "local name is longer": (
+        ZIP,
+        "local header",
+        lambda: patched(RAW, header_of("data.pkl") + 26, "<H", 99),
+    ),
+    "storage's local name is longer": (
+        ZIP,
+        "local header",
+        lambda: patched(zipped(PARTS), header_of("data/1", zipped(PARTS)) + 26, "<H", 99),
+    ),
     "local flags differ": (
         ZIP,
         "local header",
