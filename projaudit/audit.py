@@ -374,8 +374,7 @@ def _sides(
                 notes[at] = replace(notes[at], message=says)
                 continue
             if alike:
-                says = f"{reading.why}; it holds the very same projector"
-                notes[at] = replace(notes[at], kind="equal-pickle", message=says)
+                notes[at] = replace(notes[at], kind="equal-pickle")
                 continue
         if not same:
             sides += new

@@ -82,9 +82,16 @@ def base_circular(facts: Facts) -> Value:
 @measures("checkpoint", kind="structure", unit="sources")
 def ambiguous_sources(facts: Facts) -> Value:
     """Number of ways in which the repository leaves open which bytes are loaded."""
-    found = [a for a in facts.checkpoint.ambiguities if a.kind != "custom-code"]
-    count = sum(a.kind != "equal-pickle" for a in found)
-    return Value(float(count), tuple(a.message for a in found))
+    other = ("custom-code", "equal-pickle")
+    found = [a for a in facts.checkpoint.ambiguities if a.kind not in other]
+    return Value(float(len(found)), tuple(a.message for a in found))
+
+
+@measures("checkpoint", kind="structure", unit="files")
+def repeated_projectors(facts: Facts) -> Value:
+    """Number of pickled files that hold the audited projector once more, byte by byte."""
+    found = [a for a in facts.checkpoint.ambiguities if a.kind == "equal-pickle"]
+    return Value(float(len(found)), tuple(a.files[0] for a in found))
 
 
 @measures("checkpoint", kind="structure", unit="files")
