@@ -453,6 +453,26 @@ def test_safetensors_files_without_an_index_are_read_together(repo: Repo) -> Non
     assert opened.readings[0].tensors.keys() == repo.tensors.keys()
 
 
+def test_pickles_without_a_known_name(repo: Repo) -> None:
+    pickle_alone(repo, "step-100.pth")
+    opened = repo.open()
+    assert opened.ambiguities == ()
+    assert value(opened, opened.readings[0].tensors[LINEAR_1]) == 9.0
+    torch.save({"other": torch.ones(2)}, repo.folder / "ema.pt")
+    opened = repo.open()
+    assert [note.kind for note in opened.ambiguities] == ["no-index"]
+    assert opened.readings[0].tensors.keys() == {*repo.tensors, "other"}
+
+
+def test_index_of_pickles_that_are_not_there(repo: Repo) -> None:
+    repo.index({LINEAR_1: "pytorch_model-00001-of-00001.bin"}, "pytorch_model.bin.index.json")
+    assert repo.kinds() == []  # left behind by a conversion; nothing takes it
+    repo.remove("model.safetensors")
+    with pytest.raises(FormatError) as caught:
+        repo.open()
+    assert caught.value.code == "format.index"
+
+
 def test_single_file(repo: Repo) -> None:
     path = repo.folder / "model.safetensors"
     repo.config(transformers_weights="nowhere.safetensors")
