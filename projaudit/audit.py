@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,14 @@ from projaudit.base import Candidate, candidates, lineage
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import code_of, compare
-from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
+from projaudit.errors import (
+    BaseError,
+    FormatError,
+    NothingError,
+    ProjauditError,
+    UnsupportedError,
+    UsageError,
+)
 from projaudit.evidence import Evidence
 from projaudit.explain import Explanation, explain
 from projaudit.findings import Location, Unevaluated
@@ -22,7 +30,7 @@ from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate, require_readable
-from projaudit.readings import Reading
+from projaudit.readings import Reading, parameter, place_of
 from projaudit.report import (
     Coverage,
     ErrorRecord,
@@ -36,6 +44,7 @@ from projaudit.report import (
 )
 from projaudit.session import Progress, Session, environment, find_device, settle
 from projaudit.source import Ref, Source, parse_ref
+from projaudit.weight_files import Ambiguity
 
 if TYPE_CHECKING:
     import torch
@@ -225,12 +234,13 @@ def _audit(
     with session.stage("open target"):
         source = session.source(target_ref)
         target = open_checkpoint(source)
-        found = [(reading, _projectors(reading, target)) for reading in target.readings]
+        found = [(target.readings[0], _projectors(target.readings[0], target))]
         if not found[0][1]:
             raise _no_projector(target)
+        found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
-    sides = _sides(target, found)
+    target, sides = _sides(target, found)
     measured = Measured()
     coverages = []
     if not bases:
@@ -308,6 +318,20 @@ def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ..
         raise
 
 
+def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
+    """The projectors of a reading besides the first; none where a pickle's are not readable."""
+    try:
+        return _projectors(reading, target)
+    except (FormatError, UnsupportedError):
+        if _is_pickled(reading):
+            return ()
+        raise
+
+
+def _is_pickled(reading: Reading) -> bool:
+    return reading.label.startswith("pickle-beside")
+
+
 def _no_projector(target: Checkpoint) -> NothingError:
     architectures = (target.config or {}).get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
@@ -322,21 +346,71 @@ def _no_projector(target: Checkpoint) -> NothingError:
 
 def _sides(
     target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
-) -> list[Side]:
-    """Every projector of every reading, but for readings that take the very bytes of the first."""
+) -> tuple[Checkpoint, list[Side]]:
+    """Every projector of every reading, but for readings that take the very bytes of the first.
+
+    The target comes back with what that says of its ambiguities: which pickles hold the same
+    projector, which hold one that cannot be compared, and which projector's tensors share memory.
+    """
     from projaudit.measure import Side
 
-    def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[str, int]]:
-        infos = [reading.tensors[name] for p in projectors for name in p.tensors]
-        return {(info.file, info.start) for info in infos}
+    def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[object, ...]]:
+        names = [name for projector in projectors for name in projector.tensors]
+        return {(parameter(name), *place_of(reading.tensors[name])) for name in names}
 
     first = places(*found[0])
-    return [
-        Side(target, reading, projector, _name(target.source))
-        for number, (reading, projectors) in enumerate(found)
-        if number == 0 or not places(reading, projectors) <= first
-        for projector in projectors
-    ]
+    sides: list[Side] = []
+    notes = list(target.ambiguities)
+    at = -1
+    for number, (reading, projectors) in enumerate(found):
+        new = [Side(target, reading, projector, _name(target.source)) for projector in projectors]
+        same = number > 0 and places(reading, projectors) <= first
+        if number and _is_pickled(reading):
+            # Readings and their notes come in one order; two cut names may read the same.
+            at = next(i for i, n in enumerate(notes) if i > at and n.message == reading.why)
+            alike = (same or _alike(new, sides[: len(found[0][1])])) if new else None
+            if alike is None:
+                says = f"{reading.why}; not compared, as it holds no projector of that form"
+                notes[at] = replace(notes[at], message=says)
+                continue
+            if alike:
+                notes[at] = replace(notes[at], kind="equal-pickle")
+                continue
+        if not same:
+            sides += new
+            notes += [shared for side in new if (shared := _sharing(side)) is not None]
+    return replace(target, ambiguities=tuple(notes)), sides
+
+
+def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
+    """Whether projectors are the first reading's, byte by byte; None where they do not compare."""
+
+    def forms(sides: Sequence[Side]) -> list[tuple[object, ...]]:
+        return [(s.projector.kind, *(layer.shape for layer in s.projector.linears)) for s in sides]
+
+    def digests(sides: Sequence[Side]) -> list[tuple[object, ...]]:
+        loaded = [(side.projector.tensors, side.load()) for side in sides]
+        items = [stored[name] for names, stored in loaded for name in names]
+        return [(s.sha256, s.info.dtype, s.info.shape, s.info.strides) for s in items]
+
+    if forms(ours) != forms(first):
+        return None
+    try:
+        return digests(ours) == digests(first)
+    except (FormatError, UnsupportedError):
+        return None
+
+
+def _sharing(side: Side) -> Ambiguity | None:
+    """What there is to say where two tensors of a projector are the same memory in their file."""
+    infos = [side.reading.tensors[name] for name in side.projector.tensors]
+    infos.sort(key=lambda info: (info.file, info.start, info.stop))
+    for before, info in pairwise(infos):
+        if before.file == info.file and info.start < before.stop:
+            names = (before.name, info.name)
+            says = f"{clean(info.name, 80)} shares memory with {clean(before.name, 80)}"
+            return Ambiguity("shared-memory", says, (info.file,), names)
+    return None
 
 
 def _opened(session: Session, candidate: Candidate) -> _Base:

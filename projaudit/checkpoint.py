@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,16 @@ from projaudit.inert import clean
 from projaudit.readings import Reading, Readings
 from projaudit.safetensors_header import Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer
-from projaudit.weight_files import MAX_SHARDS, Ambiguity, Way, read_config, ways_to_read
+from projaudit.torch_zip import check_frames, frames
+from projaudit.weight_files import (
+    MAX_SHARDS,
+    Ambiguity,
+    Way,
+    is_adapter,
+    is_pickle,
+    read_config,
+    ways_to_read,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +38,6 @@ _TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# What a Trainer leaves beside the weights, and no loader takes for weights.
-_TRAINER = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class Stored:
 def open_checkpoint(source: Source) -> Checkpoint:
     """The weights of a source, in every way that a loader may read them.
 
-    Reads config.json, the index and the headers of the safetensors files in the root. Raises
-    FormatError (`format.config`, `format.index`, `format.safetensors`, `format.lfs-pointer`),
+    Reads config.json, the index and the headers of the safetensors files and files of torch.save
+    in the root. Raises FormatError (`format.config`, `format.index`, `format.safetensors`,
+    `format.torch-zip`, `format.lfs-pointer`),
     NothingError (`nothing.weights`), UnsupportedError (`unsupported.format`,
     `unsupported.adapter`) where there are weights that projaudit does not read, and LimitError
     (`limit.shards`, `limit.tensors`, `limit.readings`).
@@ -74,10 +79,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
         return _open_file(source)
     config, redirect, hints, notes = read_config(source)
     root = [path for path in source.files if "/" not in path]
-    weights = [p for p in root if p.endswith(".safetensors") and not _is_adapter(p)]
-    if len(weights) > MAX_SHARDS:
-        raise LimitError(f"{len(weights)} safetensors files, above {MAX_SHARDS}", "shards")
-    ways = ways_to_read(source, redirect, hints, weights)
+    weights = [p for p in root if p.endswith(".safetensors") and not is_adapter(p)]
+    pickles = [p for p in root if is_pickle(p)]
+    if len(weights) + len(pickles) > MAX_SHARDS:
+        raise LimitError(f"{len(weights) + len(pickles)} files, above {MAX_SHARDS}", "shards")
+    ways = ways_to_read(source, redirect, hints, weights, pickles)
     if not ways:
         raise _nothing_to_read(source, root)
     readings = Readings(source, config, notes)
@@ -86,7 +92,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if not readings.found:
         raise NothingError("its weight files hold no tensors", "weights", file=clean(source.name))
     used = {path for way in ways for path in way.files}
-    readings.add_unread(weights, used)
+    readings.add_unread([*weights, *pickles], used)
     readings.notes += _beside(source, root, used)
     return _checkpoint(source, config, readings)
 
@@ -109,11 +115,23 @@ def load_tensors(source: Source, infos: Iterable[TensorInfo]) -> dict[str, Store
     stored: dict[str, Stored] = {}
     for path, wanted in by_file.items():
         wanted.sort(key=lambda info: info.start)
-        spans = source.read_spans(path, [(info.start, info.stop) for info in wanted])
-        for info, data in zip(wanted, spans, strict=True):
+        places = [(info.start, info.stop) for info in wanted]
+        spans = source.read_spans(path, [*places, *frames(wanted)])
+        check_frames(wanted, spans[len(wanted) :], path)
+        for info, data in zip(wanted, spans, strict=False):
             digest = hashlib.sha256(data).hexdigest()
             stored[info.name] = Stored(info, digest, _as_tensor(info, data))
     return stored
+
+
+def check_places(source: Source, infos: Iterable[TensorInfo]) -> None:
+    """None, or FormatError where a torch zip puts a tensor elsewhere than its directory says."""
+    by_file: dict[str, list[TensorInfo]] = defaultdict(list)
+    for info in infos:
+        by_file[info.file].append(info)
+    for path, wanted in by_file.items():
+        if spans := frames(wanted):
+            check_frames(wanted, source.read_spans(path, spans), path)
 
 
 def _check_loadable(info: TensorInfo) -> None:
@@ -136,15 +154,17 @@ def _as_tensor(info: TensorInfo, data: bytes) -> torch.Tensor:
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     # A copy, as torch wants memory that may be written to.
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(info.shape)
+    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    if info.strides is not None:
+        return flat.as_strided(info.shape, info.strides).contiguous()
+    return flat.reshape(info.shape)
 
 
 def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambiguity]:
     """The ambiguities of weights that are not read here."""
     found = {
-        "pickle-beside": [p for p in root if _is_pickle(p)],
         "gguf-beside": [p for p in root if p.endswith(".gguf")],
-        "adapter-beside": [p for p in root if _is_adapter(p)],
+        "adapter-beside": [p for p in root if is_adapter(p)],
         "unread-subfolder": [
             path
             for path in source.files
@@ -152,7 +172,6 @@ def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambigui
         ],
     }
     says = {
-        "pickle-beside": "pickled weights, which older or other loaders may take; not read",
         "gguf-beside": "GGUF weights, which llama.cpp takes; not read",
         "adapter-beside": "an adapter, which transformers applies where peft is installed "
         "(from a Hub: to the base that the adapter names); not read",
@@ -165,20 +184,11 @@ def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambigui
     ]
 
 
-def _is_pickle(path: str) -> bool:
-    return path.endswith(_PICKLES) and not _TRAINER.match(path) and not _is_adapter(path)
-
-
-def _is_adapter(path: str) -> bool:
-    return path.startswith(("adapter_config.json", "adapter_model."))
-
-
 def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | UnsupportedError:
-    pickles = [path for path in root if _is_pickle(path)]
     ggufs = [path for path in root if path.endswith(".gguf")]
-    if pickles or ggufs:
-        return _not_read(source.name, (pickles or ggufs)[0], bool(pickles))
-    if any(_is_adapter(path) for path in root):
+    if ggufs:
+        return _not_read(source.name, ggufs[0])
+    if any(is_adapter(path) for path in root):
         return UnsupportedError(
             "holds an adapter without the model",
             "adapter",
@@ -188,9 +198,9 @@ def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | Unsu
     return NothingError("holds no model weights", "weights", file=clean(source.name))
 
 
-def _not_read(where: str, path: str, pickled: bool) -> UnsupportedError:
-    remedy = "convert it to safetensors" + ("; projaudit never unpickles" if pickled else "")
-    says = f"{clean(path, 80)} holds {'pickled' if pickled else 'GGUF'} weights, which are not read"
+def _not_read(where: str, path: str) -> UnsupportedError:
+    says = f"{clean(path, 80)} holds GGUF weights, which are not read"
+    remedy = "convert it to safetensors"
     return UnsupportedError(says, "format", file=clean(where), remedy=remedy)
 
 
@@ -199,8 +209,8 @@ def _open_file(source: Source) -> Checkpoint:
     path = next(iter(source.files))
     head = source.read(path, 0, min(source.files[path].size, 64))
     refuse_lfs_pointer(head, path)
-    if head.startswith(b"GGUF") or path.endswith((".gguf", *_PICKLES)):
-        raise _not_read(source.name, path, not head.startswith(b"GGUF"))
+    if head.startswith(b"GGUF") or path.endswith(".gguf"):
+        raise _not_read(source.name, path)
     if path.endswith(".json"):
         raise UnsupportedError(
             "is no weight file", "format", file=clean(path), remedy="name its folder"

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from projaudit.checkpoint import Checkpoint
+from projaudit.checkpoint import Checkpoint, check_places
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.report import Coverage, Part, PartStatus
@@ -101,6 +101,9 @@ def compare(
     here = {canonical(n): t for n, t in target.readings[0].tensors.items() if n not in audited}
     free = _at_hand(target.source, here) and _at_hand(base.source, there)
     whole = _bytes(list(here.values())) <= FULL_COMPARE
+    if free:
+        for side, infos in ((target, here), (base, there)):
+            check_places(side.source, infos.values())
     rng = random.Random(seed)  # noqa: S311 - which windows are read, no secret
     states = {
         name: _tensor_state(target.source, base.source, info, there[name], free, whole, rng)
@@ -172,10 +175,10 @@ def _tensor_state(
     if (info.dtype, info.shape) != (other.dtype, other.shape):
         return "differs"
     digest = target.files[info.file].sha256
-    same_place = info.start == other.start
+    same_place = (info.start, info.strides) == (other.start, other.strides)
     if digest is not None and digest == base.files[other.file].sha256 and same_place:
         return "equal"
-    if not free:
+    if not free or info.strides is not None or other.strides is not None:
         return "not-looked-at"
     length = info.stop - info.start
     for start, stop in _windows(length, whole, rng):

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from projaudit.errors import LimitError, UnsupportedError
+from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.safetensors_header import Header, TensorInfo, read_header
+from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
-from projaudit.weight_files import INDEX, WEIGHTS, Ambiguity, Way
+from projaudit.torch_zip import MAGIC, read_torch_zip
+from projaudit.weight_files import INDEX, PICKLES, SHARD, WEIGHTS, Ambiguity, Way
 
 MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
@@ -20,7 +21,6 @@ _NAMED = 100  # tensors that an ambiguity lists
 
 _PIECES = "DCP_SHARDING_INFO"
 _ALWAYS = {"distributed-shards", "no-index"}
-_SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})(?P<tail>.*)")
 _VARIANT = re.compile(
     r"model(\.[^.]+\.safetensors|\.[^.]+-\d.*|-\d{5}-of-\d{5}\.[^.]+\.safetensors)"
 )
@@ -98,26 +98,38 @@ class Readings:
                 self._add(f"{way.label}-alias-{number + 1}", "another name counts", other)
 
     def add_unread(self, weights: Sequence[str], used: Set[str]) -> None:
-        """Adds the safetensors files that no way so far reads, as some other loader may."""
+        """Adds the weight files that no way so far reads, as some other loader may.
+
+        A pickle that cannot be read is noted with the reason, and no error.
+        """
         files = self._source.files
         proven = {files[path].sha256 for path in used} - {None}
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for path in weights:
             if path not in used and files[path].sha256 not in proven:
-                shard = _SHARD.fullmatch(path)
+                shard = SHARD.fullmatch(path)
                 groups[shard.group("stem", "total", "tail") if shard else (path,)].append(path)
         main = self.found[0].tensors
         parameters = {parameter(name): name for name in main}
         for number, group in enumerate(groups.values(), start=1):
-            copies = self._copies(group)
+            kind, says = _kind_of_unread(group[0])
+            why = f"{clean(group[0], 80)}: {says}"
+            try:
+                if kind == "pickle-beside" and len(self.found) == MAX_READINGS:
+                    raise UnsupportedError("is one way to read the weights too many")
+                copies = self._copies(group)
+            except (FormatError, UnsupportedError) as error:
+                if kind != "pickle-beside":
+                    raise
+                unread = f"{why}; not read, as it {clean(error.message)}"
+                self.notes.append(Ambiguity(kind, unread, tuple(group)))
+                continue
             tensors = _choose(copies, -1)
             replaced = {parameters[p] for p in map(parameter, tensors) if p in parameters}
-            kind, says = _kind_of_unread(group[0])
             if replaced and len(replaced) < len(main):
                 # A part of the model: what a loader of all files puts over the rest.
                 rest = {name: info for name, info in main.items() if name not in replaced}
                 tensors = {**rest, **tensors}
-            why = f"{clean(group[0], 80)}: {says}"
             if self._add(f"{kind}-{number}", why, self._one_name_each(tensors)[0]):
                 names = tuple(sorted(copies)[:_NAMED])
                 self.notes.append(Ambiguity(kind, why, tuple(group), names))
@@ -151,7 +163,7 @@ class Readings:
 
     def _header(self, path: str) -> Header:
         if path not in self.headers:
-            self.headers[path] = read_header(self._source, path)
+            self.headers[path] = _read_any_header(self._source, path)
             if sum(len(header.tensors) for header in self.headers.values()) > MAX_TENSORS:
                 raise LimitError(f"more than {MAX_TENSORS} tensors in all files", "tensors")
         return self.headers[path]
@@ -169,7 +181,7 @@ class Readings:
     def _place(self, info: TensorInfo) -> tuple[object, ...]:
         """Where the bytes are, the same for files that are proven equal."""
         digest = self._source.files[info.file].sha256
-        return (digest or f"path:{info.file}", info.start, info.stop, info.dtype, info.shape)
+        return (digest or f"path:{info.file}", *place_of(info)[1:])
 
     def _one_name_each(
         self, tensors: Mapping[str, TensorInfo], number: int = 0
@@ -200,6 +212,18 @@ class Readings:
         # A redirect is the first way; it is none if it leads to where the loader goes anyway.
         plain = WEIGHTS if WEIGHTS in self._source.files else INDEX
         return way.kind == "redirect" and (way.index or way.files[0]) != plain
+
+
+def place_of(info: TensorInfo) -> tuple[object, ...]:
+    """File, span and how its bytes are read: equal for tensors that are the same bytes."""
+    return (info.file, info.start, info.stop, info.dtype, info.shape, info.strides)
+
+
+def _read_any_header(source: Source, path: str) -> Header:
+    """The header of a weight file, by what it holds, whatever its name."""
+    head = source.read(path, 0, min(source.files[path].size, PROBE))
+    named_pickle = path.endswith(PICKLES) and head[8:9] != b"{"
+    return (read_torch_zip if head.startswith(MAGIC) or named_pickle else read_header)(source, path)
 
 
 def _choose(copies: Mapping[str, list[TensorInfo]], number: int) -> dict[str, TensorInfo]:
@@ -257,6 +281,10 @@ def _natural_key(name: str) -> list[tuple[int | str, ...]]:
 
 
 def _kind_of_unread(path: str) -> tuple[str, str]:
+    if path.endswith(PICKLES):
+        if path.startswith("mm_projector"):
+            return "pickle-beside", "a projector of its own, which LLaVA's loader lays over a base"
+        return "pickle-beside", "pickled weights, which older or other loaders may take"
     if path.startswith("consolidated"):
         return "consolidated-file", "weights in Mistral's layout, which vLLM may read instead"
     if _VARIANT.fullmatch(path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from projaudit.errors import FormatError
 from projaudit.inert import clean
@@ -49,6 +49,28 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One file inside a zip, by what the zip's directory says of it; offsets in the outer file."""
+
+    name: str
+    start: int
+    """Where its local header begins."""
+    data: int
+    stop: int
+    """Its bytes, end exclusive; they stand right before the descriptor or the next entry."""
+    end: int
+    """Where the next entry begins."""
+    flags: int
+    crc: int
+    zip64: bool
+
+    @property
+    def frame(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The spans before and after its bytes: local header and descriptor."""
+        return (self.start, self.data), (self.stop, self.end)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """One tensor, by where its bytes are."""
 
@@ -61,10 +83,14 @@ class TensorInfo:
     start: int
     stop: int
     """Byte offsets in the file, end exclusive."""
+    strides: tuple[int, ...] | None = None
+    """Steps between neighbours, in elements, where they are not those of rows in order."""
+    entry: Entry | None = field(default=None, repr=False)
+    """Where the file is a zip: what its bytes are in, to be checked when they are read."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
+        """Bytes from its first element to its last."""
         return self.stop - self.start
 
     @property
@@ -75,7 +101,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds."""
+    """What a file of weights says it holds."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]

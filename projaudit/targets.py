@@ -120,9 +120,14 @@ def embedding_tensor(reading: Reading, width: int) -> TensorInfo | None:
     fitting = [
         info
         for name, info in reading.tensors.items()
-        if name.endswith(_EMBEDDINGS) and len(info.shape) == 2 and info.shape[1] == width
+        if name.endswith(_EMBEDDINGS) and _is_rows(info) and info.shape[1] == width
     ]
     return min(fitting, key=lambda info: len(info.name), default=None)
+
+
+def _is_rows(info: TensorInfo) -> bool:
+    """Whether it is a matrix whose rows stand one behind the other."""
+    return len(info.shape) == 2 and info.strides is None
 
 
 def text_directions(
@@ -204,6 +209,7 @@ def _row_info(info: TensorInfo, first: int, last: int) -> TensorInfo:
         file=info.file,
         start=info.start + first * size,
         stop=info.start + last * size,
+        entry=info.entry,
     )
 
 
@@ -220,7 +226,7 @@ def embedding_pair(
     sides = []
     for side in (base, target):
         infos = [i for n, i in side.readings[0].tensors.items() if n.endswith(_EMBEDDINGS)]
-        if len(infos) != 1 or len(infos[0].shape) != 2:
+        if len(infos) != 1 or not _is_rows(infos[0]):
             return None
         sides.append((side, infos[0]))
     if sides[0][1].shape != sides[1][1].shape:

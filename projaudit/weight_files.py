@@ -14,12 +14,19 @@ from projaudit.strict import JSON_LIMIT, load_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 TRANSFORMERS = (5, 23, 0)
 """The release of transformers whose choice of files is mirrored here."""
 
 MAX_SHARDS = 2_000
 INDEX_LIMIT = 64 << 20
 """Bytes of an index."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# What a Trainer leaves beside the weights, and no loader takes for weights.
+_TRAINER = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)")
+SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})(?P<tail>.*)")
 
 # With `$`, as transformers has it: a newline at the end of the name is let through.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
@@ -34,7 +41,7 @@ class Ambiguity:
     """`redirect` `config-redirect` `distributed-shards` `index-beside-file` `shadowed-tensor`
     `unindexed-tensor` `alias-names` `confusable-names` `variant-file` `consolidated-file`
     `unread-file` `unread-subfolder` `no-index` `pickle-beside` `gguf-beside` `adapter-beside`
-    `quantized` `custom-code`"""
+    `quantized` `custom-code` `shared-memory` `equal-pickle`"""
     message: str
     """One inert line."""
     files: tuple[str, ...]
@@ -56,9 +63,17 @@ class Way:
 
 
 def ways_to_read(
-    source: Source, redirect: str | None, hints: Sequence[str], weights: Sequence[str]
+    source: Source,
+    redirect: str | None,
+    hints: Sequence[str],
+    weights: Sequence[str],
+    pickles: Sequence[str],
 ) -> list[Way]:
-    """The ways to read the repository, what transformers does first."""
+    """The ways to read the repository, what transformers does first.
+
+    `weights` and `pickles` are the safetensors files and those of torch.save in its root; the
+    latter are a way only where transformers takes them, or where there is nothing else.
+    """
     ways: list[Way] = []
     if redirect is not None:
         ways.append(_redirected(source, redirect, "redirect"))
@@ -67,10 +82,13 @@ def ways_to_read(
     if INDEX in source.files:
         kind = "index-beside-file" if WEIGHTS in source.files else ""
         ways.append(_indexed(source, INDEX, "index", f"the shards of {INDEX}", kind))
-    pickled = {"pytorch_model.bin", "pytorch_model.bin.index.json"} & source.files.keys()
-    if not ways and weights and not pickled:
+    if not ways:
+        ways += _torch_ways(source)
+    if not ways and weights:
         why = f"there is neither {WEIGHTS} nor its index: some loaders take all safetensors files"
         ways.append(Way("all-files", why, tuple(weights), kind="no-index"))
+    if not ways and pickles:
+        ways.append(_only_pickles(pickles))
     for number, hint in enumerate(hints, start=1):
         ways.append(_redirected(source, hint, f"redirect-hint-{number}"))
     shards = [path for path in source.files if _DISTRIBUTED.match(path)]
@@ -81,6 +99,38 @@ def ways_to_read(
         way = Way("distributed", why, tuple(files), kind="distributed-shards")
         ways.insert(0 if source.ref.kind == "local" else len(ways), way)
     return ways
+
+
+def is_pickle(path: str) -> bool:
+    """Whether a file in the root is named as weights of torch.save are."""
+    return path.endswith(PICKLES) and not _TRAINER.match(path) and not is_adapter(path)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a file in the root is part of an adapter."""
+    return path.startswith(("adapter_config.json", "adapter_model."))
+
+
+def _torch_ways(source: Source) -> list[Way]:
+    """What transformers takes where there are no safetensors files that it would."""
+    ways: list[Way] = []
+    if TORCH_WEIGHTS in source.files:
+        why = f"{TORCH_WEIGHTS}, which transformers takes where {WEIGHTS} is missing"
+        ways.append(Way("default", why, (TORCH_WEIGHTS,)))
+    if TORCH_INDEX in source.files:
+        kind = "index-beside-file" if ways else ""
+        ways.append(_indexed(source, TORCH_INDEX, "index", f"the shards of {TORCH_INDEX}", kind))
+    return ways
+
+
+def _only_pickles(pickles: Sequence[str]) -> Way:
+    """What a loader that is told the file's name takes; no name here is one that loaders know."""
+    shards = [SHARD.fullmatch(path) for path in pickles]
+    sets = {match.group("stem", "total", "tail") for match in shards if match}
+    if len(pickles) == 1 or (all(shards) and len(sets) == 1):
+        return Way("default", f"{clean(pickles[0], 80)}, the only weights", tuple(pickles))
+    why = "there are several files of torch.save, and none that loaders take by its name"
+    return Way("all-files", why, tuple(pickles), kind="no-index")
 
 
 def _redirected(source: Source, target: str, label: str) -> Way:
@@ -111,7 +161,7 @@ def _indexed(source: Source, index: str, label: str, why: str, kind: str) -> Way
         )
     files = sorted(set(weight_map.values()))
     for path in files:
-        _check_named(source, path, "index", index, "weight_map", (".safetensors",))
+        _check_named(source, path, "index", index, "weight_map", (".safetensors", *PICKLES))
     if len(files) > MAX_SHARDS:
         raise LimitError(f"{len(files)} shards, above {MAX_SHARDS}", "shards", file=clean(index))
     return Way(label, why, tuple(files), kind=kind, index=index, weight_map=weight_map)
@@ -135,7 +185,7 @@ def _check_named(
     if path not in source.files:
         raise refuse(f"names {shown}, which is not there")
     if not path.endswith(suffixes):
-        raise refuse(f"names {shown}, which is not a safetensors file")
+        raise refuse(f"names {shown}, which is no weight file")
 
 
 def read_config(

@@ -87,6 +87,25 @@ def test_only_the_projector_crosses_the_wire(hub: FakeHub, tmp_path: Path):
     assert report.run.requests == len(hub.requests())
 
 
+def test_of_a_pickle_only_the_projector_crosses_the_wire_too(hub: FakeHub, tmp_path: Path):
+    """40 MB of torch zip: its directory, its pickle and the projector's storages are read."""
+    content = {name: tensor.bfloat16() for name, tensor in TUNED.items()}
+    content["language_model.model.layers.1.mlp.up_proj.weight"] = torch.zeros(20_000_000).bfloat16()
+    folder = save(tmp_path / "pickled", TUNED)
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    hub.add("org/pickled", folder)
+    twin = publish(hub, tmp_path, "org/tuned", TUNED)
+    report = projaudit.check("org/pickled", "org/base", seed=1)
+    assert (folder / "pytorch_model.bin").stat().st_size > 40_000_000
+    assert hub.wire("cdn") <= 1.05 * 2 * PROJECTOR + 4 * (64 << 10)
+    assert len(hub.requests("cdn")) < 25
+    other = projaudit.check(f"org/tuned@{twin}", "org/base", seed=1)
+    shown = [[m for m in r.measurements if m.subject != "checkpoint"] for r in (report, other)]
+    assert shown[0] == shown[1]
+    assert report.verdict is other.verdict is Verdict.PASS
+
+
 def test_the_second_run_needs_no_weights_and_offline_needs_no_hub(hub: FakeHub, tmp_path: Path):
     publish(hub, tmp_path, "org/tuned", TUNED, card=card("org/base"))
     first = projaudit.check("org/tuned", seed=1)

@@ -202,6 +202,40 @@ def pickle_beside(repo: Repo) -> None:
     torch.save(evil, repo.folder / "pytorch_model.bin")
 
 
+def projector_beside(repo: Repo) -> None:
+    repo.save("model.safetensors", 1.0)
+    named = {"model.mm_projector.0.weight": torch.full_like(repo.tensors[LINEAR_1], 9.0)}
+    torch.save(named, repo.folder / "mm_projector.bin")
+
+
+def pickle_alone(repo: Repo, name: str = "pytorch_model.bin") -> None:
+    pickle_beside(repo)
+    repo.remove("model.safetensors")
+    (repo.folder / "pytorch_model.bin").rename(repo.folder / name)
+
+
+def sharded_pickles(repo: Repo) -> None:
+    pickle_alone(repo, "pytorch_model-00002-of-00002.bin")
+    first = {LINEAR_1: torch.full_like(repo.tensors[LINEAR_1], 1.0)}
+    torch.save(first, repo.folder / "pytorch_model-00001-of-00002.bin")
+    weight_map = dict.fromkeys(repo.tensors, "pytorch_model-00002-of-00002.bin")
+    weight_map[LINEAR_1] = "pytorch_model-00001-of-00002.bin"
+    repo.index(weight_map, "pytorch_model.bin.index.json")
+
+
+def index_beside_pickle(repo: Repo) -> None:
+    pickle_alone(repo)
+    other = {**repo.tensors, LINEAR_1: torch.full_like(repo.tensors[LINEAR_1], 2.0)}
+    torch.save(other, repo.folder / "pytorch_model-00001-of-00001.bin")
+    shards = dict.fromkeys(other, "pytorch_model-00001-of-00001.bin")
+    repo.index(shards, "pytorch_model.bin.index.json")
+
+
+def index_of_pickles(repo: Repo) -> None:
+    pickle_alone(repo, "x.bin")
+    repo.index(dict.fromkeys(repo.tensors, "x.bin"))
+
+
 def variants(repo: Repo) -> None:
     repo.save("model.safetensors", 1.0)
     repo.save("model.fp16.safetensors", 2.0)
@@ -237,7 +271,12 @@ CASES = {
         two_names("model.mm_projector.0.weight", LINEAR_1), [2.0, 1.0], ["alias-names"]
     ),
     "distributed": Case(distributed, [9.0, 1.0, 1.0], ["distributed-shards", "alias-names"]),
-    "pickle beside": Case(pickle_beside, [1.0], ["pickle-beside"]),
+    "pickle beside": Case(pickle_beside, [1.0, 9.0], ["pickle-beside"]),
+    "projector's pickle beside": Case(projector_beside, [1.0, 9.0], ["pickle-beside"]),
+    "pickle alone": Case(pickle_alone, [9.0]),
+    "sharded pickles": Case(sharded_pickles, [9.0, 1.0], ["shadowed-tensor"]),
+    "pickles and their index": Case(index_beside_pickle, [9.0, 2.0], ["index-beside-file"]),
+    "safetensors index of pickles": Case(index_of_pickles, [9.0]),
     "other files": Case(
         variants, [1.0, 3.0, 2.0, 4.0], ["consolidated-file", "variant-file", "unread-file"]
     ),
@@ -414,6 +453,26 @@ def test_safetensors_files_without_an_index_are_read_together(repo: Repo) -> Non
     assert opened.readings[0].tensors.keys() == repo.tensors.keys()
 
 
+def test_pickles_without_a_known_name(repo: Repo) -> None:
+    pickle_alone(repo, "step-100.pth")
+    opened = repo.open()
+    assert opened.ambiguities == ()
+    assert value(opened, opened.readings[0].tensors[LINEAR_1]) == 9.0
+    torch.save({"other": torch.ones(2)}, repo.folder / "ema.pt")
+    opened = repo.open()
+    assert [note.kind for note in opened.ambiguities] == ["no-index"]
+    assert opened.readings[0].tensors.keys() == {*repo.tensors, "other"}
+
+
+def test_index_of_pickles_that_are_not_there(repo: Repo) -> None:
+    repo.index({LINEAR_1: "pytorch_model-00001-of-00001.bin"}, "pytorch_model.bin.index.json")
+    assert repo.kinds() == []  # left behind by a conversion; nothing takes it
+    repo.remove("model.safetensors")
+    with pytest.raises(FormatError) as caught:
+        repo.open()
+    assert caught.value.code == "format.index"
+
+
 def test_single_file(repo: Repo) -> None:
     path = repo.folder / "model.safetensors"
     repo.config(transformers_weights="nowhere.safetensors")
@@ -504,9 +563,9 @@ def test_redirect_to_a_pickle_is_unsupported(repo: Repo) -> None:
         ([], NothingError, "nothing.weights"),
         (["config.json"], NothingError, "nothing.weights"),
         (["training_args.bin"], NothingError, "nothing.weights"),
-        (["pytorch_model.bin"], UnsupportedError, "unsupported.format"),
-        (["pytorch_model.bin", "extra.safetensors"], UnsupportedError, "unsupported.format"),
-        (["consolidated.00.pth"], UnsupportedError, "unsupported.format"),
+        (["pytorch_model.bin"], FormatError, "format.torch-zip"),
+        (["pytorch_model.bin", "extra.safetensors"], FormatError, "format.torch-zip"),
+        (["consolidated.00.pth"], FormatError, "format.torch-zip"),
         (["model.gguf"], UnsupportedError, "unsupported.format"),
         (
             ["adapter_config.json", "adapter_model.safetensors"],
@@ -530,10 +589,11 @@ def test_nothing_that_can_be_read(
     [
         ("model.gguf", b"GGUF\3\0\0\0", "unsupported.format"),
         ("disguised.safetensors", b"GGUF\3\0\0\0", "unsupported.format"),
-        ("pytorch_model.bin", b"PK\3\4", "unsupported.format"),
+        ("pytorch_model.bin", b"PK\3\4", "format.torch-zip"),
         ("x.pt", b"7z\xbc\xaf", "unsupported.format"),
         ("config.json", b"{}", "unsupported.format"),
-        ("x.safetensors", b"PK\3\4 and more than eight", "format.safetensors"),
+        ("x.safetensors", b"PK\3\4 and more than eight", "format.torch-zip"),
+        ("x.pt", b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "unsupported.format"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "format.lfs-pointer"),
         ("x.bin", b"version https://git-lfs.github.com/spec/v1\n", "format.lfs-pointer"),
         ("x.safetensors", b"\2\0\0\0\0\0\0\0{}", "nothing.weights"),

@@ -17,6 +17,7 @@ LAYERS = [
     ["data", "inert", "errors", "findings", "evidence"],
     ["metrics", "strict", "report", "chain"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
+    ["torch_zip"],
     ["hub", "weight_files", "projector", "policy"],
     ["readings", "explain"],
     ["checkpoint"],

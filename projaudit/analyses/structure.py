@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from projaudit.chain import activations, acts
 from projaudit.checkpoint import Checkpoint
+from projaudit.inert import clean
 from projaudit.metrics import Skip, Value, measures
 from projaudit.report import Coverage, Identity, Provenance
 
@@ -82,8 +83,16 @@ def base_circular(facts: Facts) -> Value:
 @measures("checkpoint", kind="structure", unit="sources")
 def ambiguous_sources(facts: Facts) -> Value:
     """Number of ways in which the repository leaves open which bytes are loaded."""
-    found = [a for a in facts.checkpoint.ambiguities if a.kind != "custom-code"]
+    other = ("custom-code", "equal-pickle")
+    found = [a for a in facts.checkpoint.ambiguities if a.kind not in other]
     return Value(float(len(found)), tuple(a.message for a in found))
+
+
+@measures("checkpoint", kind="structure", unit="files")
+def repeated_projectors(facts: Facts) -> Value:
+    """Number of pickled files that hold the audited projector once more, byte by byte."""
+    found = [a for a in facts.checkpoint.ambiguities if a.kind == "equal-pickle"]
+    return Value(float(len(found)), tuple(clean(a.files[0], 80) for a in found))
 
 
 @measures("checkpoint", kind="structure", unit="files")
