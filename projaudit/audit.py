@@ -22,6 +22,7 @@ from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate, require_readable
+from projaudit.quantised import rewrites
 from projaudit.readings import Reading
 from projaudit.report import (
     Coverage,
@@ -134,7 +135,7 @@ def explained(
     with Session(settings, None, None) as session:
         checkpoint = open_checkpoint(session.source(parse_ref(target, revision)))
         reading = checkpoint.readings[0]
-        shapes = {name: info.shape for name, info in reading.tensors.items()}
+        shapes = reading.shapes
         try:
             return explain(shapes, checkpoint.config)
         except ProjauditError as error:
@@ -228,6 +229,7 @@ def _audit(
         found = [(reading, _projectors(reading, target)) for reading in target.readings]
         if not found[0][1]:
             raise _no_projector(target)
+        target = _settled(target, found)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
     sides = _sides(target, found)
@@ -244,8 +246,8 @@ def _audit(
                 compare(
                     target,
                     base.checkpoint,
-                    audited=frozenset(n for p in found[0][1] for n in p.tensors),
-                    audited_base=frozenset(n for p in base.projectors for n in p.tensors),
+                    audited=_audited(*found[0]),
+                    audited_base=_audited(base.checkpoint.readings[0], base.projectors),
                     seed=session.settings.seed,
                 )
             )
@@ -297,11 +299,10 @@ def _bases(
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
-    shapes = {name: info.shape for name, info in reading.tensors.items()}
     try:
-        found = locate(shapes, checkpoint.config)
+        found = locate(reading.shapes, checkpoint.config)
         for projector in found:
-            require_readable(projector)
+            require_readable(projector, reading.unread)
         return found
     except ProjauditError as error:
         error.file = error.file or clean(checkpoint.source.name)
@@ -327,7 +328,7 @@ def _sides(
     from projaudit.measure import Side
 
     def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[str, int]]:
-        infos = [reading.tensors[name] for p in projectors for name in p.tensors]
+        infos = [i for p in projectors for name in p.tensors for i in reading.parts(name)]
         return {(info.file, info.start) for info in infos}
 
     first = places(*found[0])
@@ -337,6 +338,29 @@ def _sides(
         if number == 0 or not places(reading, projectors) <= first
         for projector in projectors
     ]
+
+
+def _settled(
+    target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
+) -> Checkpoint:
+    """The checkpoint less the note that its config quantises, where what was read is what runs."""
+    full = [
+        layer.weight
+        for reading, projectors in found
+        for projector in projectors
+        for layer in projector.linears
+        if layer.weight not in reading.packed
+    ]
+    if rewrites(target.config, full):
+        return target
+    notes = tuple(note for note in target.ambiguities if note.kind != "quantized")
+    return replace(target, ambiguities=notes)
+
+
+def _audited(reading: Reading, projectors: Sequence[Projector]) -> frozenset[str]:
+    """The stored tensors that those projectors are made of."""
+    names = [name for projector in projectors for name in projector.tensors]
+    return frozenset(info.name for name in names for info in reading.parts(name))
 
 
 def _opened(session: Session, candidate: Candidate) -> _Base:

@@ -337,9 +337,18 @@ def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
     )
 
 
-def require_readable(projector: Projector) -> None:
+def require_readable(projector: Projector, unread: Mapping[str, str] | None = None) -> None:
     """Raises UnsupportedError where a projector has no matrix, or they are quantised, packed or an
-    adapter's."""
+    adapter's. `unread` are tensors of quantised weights with the reason why they are not read."""
+    unread = unread or {}
+    for name in (*projector.packed, *projector.tensors):
+        if name in unread:
+            raise UnsupportedError(
+                unread[name],
+                "quantised",
+                field=clean(name),
+                remedy="check the full-precision repository that it was made from",
+            )
     if not projector.packed:
         if not projector.linears:
             raise UnsupportedError(

@@ -17,7 +17,7 @@ LAYERS = [
     ["data", "inert", "errors", "findings", "evidence"],
     ["metrics", "strict", "report"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
-    ["hub", "weight_files", "projector", "policy"],
+    ["hub", "weight_files", "projector", "policy", "quantised"],
     ["readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],

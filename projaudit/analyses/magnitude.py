@@ -54,6 +54,50 @@ def rounding_floor(layer: LayerUpdate) -> float:
     return layer.rounding_floor
 
 
+_SEEN = 2.0  # times what rounding alone gives: GPTQ's, which is not to the nearest, is larger
+
+
+@measures("layer", kind="structure")
+def quantised(layer: LayerUpdate) -> float:
+    """1 where base or target stores this layer in codes of 8 bits or less."""
+    return float(layer.quantised)
+
+
+@measures("layer", kind="structure", unit="ratio")
+def detection_limit(layer: LayerUpdate) -> float:
+    """Relative norm from which an update stands out of storage rounding: twice its floor."""
+    return _SEEN * layer.rounding_floor
+
+
+@measures("layer", kind="structure")
+def smallest_spike(layer: LayerUpdate) -> float:
+    """σ from which one direction stands out of quantisation: twice where its rounding's σ end."""
+    if not layer.quantised:
+        raise Skip("neither side is quantised")
+    return _SEEN * layer.rounding_edge * frobenius(layer.before)
+
+
+@measures("layer", kind="structure", unit="ratio")
+def above_rounding(layer: LayerUpdate) -> Value:
+    """How far the update stands out of storage rounding: the greater of ‖ΔW‖F / detection limit
+    and, where a side is quantised, σ1 / smallest spike; from 1 on it is seen."""
+    size = frobenius(layer.before)
+    found = frobenius(layer.delta) / size / _floor(_SEEN * layer.rounding_floor)
+    if not layer.quantised:
+        return Value(found)
+    edge = _SEEN * layer.rounding_edge
+    spike = float(layer.spectrum.values[0]) / size / _floor(edge)
+    limits = (
+        f"a relative norm of {_SEEN * layer.rounding_floor:.2g}",
+        f"one direction of σ {edge * size:.2g}",
+    )
+    return Value(max(found, spike), limits)
+
+
+def _floor(limit: float) -> float:
+    return max(limit, 1e-12)  # scales may be zero throughout
+
+
 @measures("layer", unit="ratio")
 def bias_shift(layer: LayerUpdate) -> float:
     """‖b1 − b0‖ / ‖b0‖, or / ‖W0‖F (outputs of unit-RMS inputs) where the base's bias is zero."""
