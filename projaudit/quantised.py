@@ -41,7 +41,7 @@ _BESIDE = {
     "SCB", "weight_format", "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv",
     "weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_g_idx",
     "weight_global_scale", "biases", "input_scale", "output_scale", "activation_scale",
-    "input_global_scale", "input_zero_point",
+    "input_global_scale", "input_zero_point", "W_q", "codebooks",
 }  # fmt: skip
 # They quantise what goes through a layer, not its weight: listed among its bytes, not interpreted.
 _ACTIVATIONS = {
@@ -91,8 +91,8 @@ class Found:
 
     packed: Mapping[str, Packed]
     """By name of the weight."""
-    unread: Mapping[str, str]
-    """Tensors that are a part of a weight that is not read -> why, in one line."""
+    unread: Mapping[str, tuple[str, str]]
+    """Tensors that are a part of a weight that is not read -> (its name, why in one line)."""
 
 
 class _Unread(Exception):
@@ -113,10 +113,10 @@ def find(
         if (split := _split(name)) is not None:
             modules[split[0]][split[1]] = info
     declared = _Declared(config)
-    unread: dict[str, str] = {}
+    unread: dict[str, tuple[str, str]] = {}
     if declared.scales_f8:
         unread = {
-            name: "is stored in 8 bits, and the scale that the config promises is missing"
+            name: (name, "is stored in 8 bits, and the scale that the config promises is missing")
             for name, info in tensors.items()
             if name.endswith(".weight")
             and info.dtype in _F8
@@ -131,7 +131,7 @@ def find(
         try:
             packed[name] = _understood(name, module, parts, declared, shapes)
         except _Unread as why:
-            unread |= {info.name: str(why) for info in parts.values()}
+            unread |= {info.name: (name, str(why)) for info in parts.values()}
     return Found(packed, unread)
 
 
@@ -316,7 +316,7 @@ class _Shapes:
         if many and key in self._known:
             return self._known[key]
         if info.nbytes > STATE_LIMIT:
-            raise _Unread(f"{clean(info.name, 100)} has {info.nbytes} bytes, above {STATE_LIMIT}")
+            raise _Unread(f"its {kind} has {info.nbytes} bytes, above {STATE_LIMIT}")
         self._count += 1
         if self._count > MOST_STATES:
             raise _Unread(f"is one of more than {MOST_STATES} layers that differ in their names")
@@ -388,21 +388,21 @@ def _take(parts: Parts, needed: Set[str], optional: Set[str] = frozenset()) -> N
         raise _Unread(f"is quantised, and has {more[0]} too, which its layout does not")
 
 
-def _fits(info: TensorInfo, dtypes: Set[str], *shapes: Sequence[int]) -> None:
+def _fits(parts: Parts, leaf: str, dtypes: Set[str], *shapes: Sequence[int]) -> None:
     """Raises unless a part has one of those dtypes and shapes."""
+    info = parts[leaf]
     if info.dtype not in dtypes:
-        raise _Unread(f"{clean(info.name, 100)} is {info.dtype}, not {' or '.join(sorted(dtypes))}")
+        raise _Unread(f"its {leaf} is {info.dtype}, not {' or '.join(sorted(dtypes))}")
     if info.shape not in {tuple(shape) for shape in shapes}:
-        raise _Unread(
-            f"{clean(info.name, 100)} has shape {list(info.shape)}, "
-            f"its layout wants {' or '.join(str(list(shape)) for shape in shapes)}"
-        )
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise _Unread(f"its {leaf} has shape {list(info.shape)}, its layout wants {wanted}")
 
 
-def _matrix(info: TensorInfo, dtypes: Set[str]) -> tuple[int, int]:
+def _matrix(parts: Parts, leaf: str, dtypes: Set[str]) -> tuple[int, int]:
+    info = parts[leaf]
     if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
         raise _Unread(
-            f"{clean(info.name, 100)} is {info.dtype} of shape {list(info.shape)}, no matrix of "
+            f"its {leaf} is {info.dtype} of shape {list(info.shape)}, no matrix of "
             f"{' or '.join(sorted(dtypes))}"
         )
     return info.shape[0], info.shape[1]
@@ -426,7 +426,7 @@ def _bitsandbytes_4(
     _take(parts, needed | nested if nested & parts.keys() else needed)
     packed = parts["weight"]
     if packed.dtype not in {"U8", "I8", *_FLOATS} or max(packed.shape, default=0) != packed.numel:
-        raise _Unread(f"{clean(packed.name, 100)} is no column of packed bytes")
+        raise _Unread("is no column of packed bytes")
     among = (packed.nbytes, parts["weight.absmax"].shape)
     state = shapes.of(module, parts[kinds[0]], "state", among)
     shape, numbers = bitsandbytes_state(state, kinds[0][-3:], bool(nested & parts.keys()))
@@ -434,13 +434,13 @@ def _bitsandbytes_4(
     if packed.nbytes != _ceil(count, 2):
         raise _Unread(f"has {packed.nbytes} bytes, and its quant_state a shape of {list(shape)}")
     blocks = _ceil(count, numbers["block"])
-    _fits(parts["weight.quant_map"], {"F32"}, (16,))
+    _fits(parts, "weight.quant_map", {"F32"}, (16,))
     if "nested" in numbers:
-        _fits(parts["weight.absmax"], {"U8"}, (blocks,))
-        _fits(parts["weight.nested_absmax"], {"F32"}, (_ceil(blocks, numbers["nested"]),))
-        _fits(parts["weight.nested_quant_map"], {"F32"}, (256,))
+        _fits(parts, "weight.absmax", {"U8"}, (blocks,))
+        _fits(parts, "weight.nested_absmax", {"F32"}, (_ceil(blocks, numbers["nested"]),))
+        _fits(parts, "weight.nested_quant_map", {"F32"}, (256,))
     else:
-        _fits(parts["weight.absmax"], {"F32"}, (blocks,))
+        _fits(parts, "weight.absmax", {"F32"}, (blocks,))
     return Packed(name, shape, f"bitsandbytes4 {kinds[0][-3:]}", parts, numbers)
 
 
@@ -472,17 +472,17 @@ def _bitsandbytes_8(name: str, parts: Parts, declared: _Declared) -> Packed:
     if declared.flag("load_in_4bit"):
         raise _Unread("is stored in 8 bits, and the config says load_in_4bit")
     _take(parts, {"weight", "SCB"}, {"weight_format"})
-    shape = _matrix(parts["weight"], {"I8"})
-    _fits(parts["SCB"], {"F32", "F16", "BF16"}, (shape[0],))
+    shape = _matrix(parts, "weight", {"I8"})
+    _fits(parts, "SCB", {"F32", "F16", "BF16"}, (shape[0],))
     if "weight_format" in parts:
-        _fits(parts["weight_format"], {"U8"}, (), (1,))
+        _fits(parts, "weight_format", {"U8"}, (), (1,))
     return Packed(name, shape, "bitsandbytes8", parts)
 
 
 def _gptq_or_awq(name: str, parts: Parts, declared: _Declared) -> Packed:
     _take(parts, {"qweight", "qzeros", "scales"}, {"g_idx"})
-    rows, columns = _matrix(parts["qweight"], {"I32"})
-    groups, out = _matrix(parts["scales"], _FLOATS)
+    rows, columns = _matrix(parts, "qweight", {"I32"})
+    groups, out = _matrix(parts, "scales", _FLOATS)
     awq = out != columns
     method = declared.require(*(("awq",) if awq else ("gptq",)), silent=False)
     bits = declared.value("bits", int, 0)
@@ -511,9 +511,9 @@ def _gptq_or_awq(name: str, parts: Parts, declared: _Declared) -> Packed:
     size = inputs if size == -1 else size
     if size < 1 or _ceil(inputs, size) != groups:
         raise _Unread(f"has {groups} groups of {size} for {inputs} inputs")
-    _fits(parts["qzeros"], {"I32"}, (groups, out * bits // 32))
+    _fits(parts, "qzeros", {"I32"}, (groups, out * bits // 32))
     if "g_idx" in parts:
-        _fits(parts["g_idx"], {"I32"}, (inputs,))
+        _fits(parts, "g_idx", {"I32"}, (inputs,))
     elif declared.flag("desc_act"):
         raise _Unread("is quantised, and its g_idx is missing")
     numbers["group"] = size
@@ -529,8 +529,8 @@ def _integers(name: str, module: str, parts: Parts, declared: _Declared, shapes:
         {"weight_packed", "weight_scale", "weight_shape"},
         {"weight_zero_point", "weight_g_idx", *_ACTIVATIONS},
     )
-    out, words = _matrix(parts["weight_packed"], {"I32"})
-    _fits(parts["weight_shape"], {"I64", "I32"}, (2,))
+    out, words = _matrix(parts, "weight_packed", {"I32"})
+    _fits(parts, "weight_shape", {"I64", "I32"}, (2,))
     shape = shapes.of(module, parts["weight_shape"], "shape", (out, words))
     inputs = shape[1]
     # Older releases fill a word with whole values, newer ones with all bits: alike for 2, 4, 8.
@@ -545,10 +545,10 @@ def _integers(name: str, module: str, parts: Parts, declared: _Declared, shapes:
         raise _Unread("is packed, and has a scale for each block")
     if "weight_zero_point" in parts:
         _fits(
-            parts["weight_zero_point"], {"I32"}, (_ceil(out * bits, 32), inputs // numbers["group"])
+            parts, "weight_zero_point", {"I32"}, (_ceil(out * bits, 32), inputs // numbers["group"])
         )
     if "weight_g_idx" in parts:
-        _fits(parts["weight_g_idx"], {"I32", "I64"}, (inputs,))
+        _fits(parts, "weight_g_idx", {"I32", "I64"}, (inputs,))
     return Packed(name, (out, inputs), "integers", parts, {**numbers, "bits": bits})
 
 
@@ -558,7 +558,7 @@ def _groups(scale: TensorInfo, out: int, inputs: int) -> dict[str, int]:
     A scale for each output, or for all, is a group of all inputs.
     """
     if scale.dtype not in _FLOATS | _EXPONENTS | {"F8_E4M3"}:
-        raise _Unread(f"{clean(scale.name, 100)} is {scale.dtype}, no scale's dtype")
+        raise _Unread(f"its scale is {scale.dtype}, which is not read")
     shape = scale.shape
     if scale.numel == 1 or shape == (out,):
         return {"group": inputs}
@@ -566,7 +566,7 @@ def _groups(scale: TensorInfo, out: int, inputs: int) -> dict[str, int]:
         return {"group": inputs // shape[1]}
     if len(shape) == 2:
         return {"group": inputs, "block": 1}
-    raise _Unread(f"{clean(scale.name, 100)} has shape {list(shape)} for {[out, inputs]} weights")
+    raise _Unread(f"its scale has shape {list(shape)} for {[out, inputs]} weights")
 
 
 def _fp4(name: str, module: str, parts: Parts, declared: _Declared, shapes: _Shapes) -> Packed:
@@ -576,14 +576,14 @@ def _fp4(name: str, module: str, parts: Parts, declared: _Declared, shapes: _Sha
     nvidia = "weight_global_scale" in parts
     needed = {"weight_packed", "weight_scale"} | ({"weight_global_scale"} if nvidia else set())
     _take(parts, needed, _ACTIVATIONS)
-    out, half = _matrix(parts["weight_packed"], {"U8"})
+    out, half = _matrix(parts, "weight_packed", {"U8"})
     size = 16 if nvidia else 32
     if 2 * half % size:
         raise _Unread(f"has {2 * half} inputs, no multiple of {size}")
     dtypes = {"F8_E4M3"} if nvidia else _EXPONENTS
-    _fits(parts["weight_scale"], dtypes, (out, 2 * half // size))
+    _fits(parts, "weight_scale", dtypes, (out, 2 * half // size))
     if nvidia:
-        _fits(parts["weight_global_scale"], {"F32"}, (), (1,))
+        _fits(parts, "weight_global_scale", {"F32"}, (), (1,))
     scheme = "nvfp4" if nvidia else "mxfp4"
     return Packed(name, (out, 2 * half), scheme, parts, {"group": size})
 
@@ -593,15 +593,16 @@ def _scaled(name: str, parts: Parts, declared: _Declared) -> Packed:
     inverse = "weight_scale_inv" in parts
     leaf = "weight_scale_inv" if inverse else "weight_scale"
     methods = ("fp8",) if inverse else ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt")
+    _take(parts, {"weight", leaf}, {"weight_zero_point", *_ACTIVATIONS})
     declared.require(*methods)
     declared.refuse_more()
-    _take(parts, {"weight", leaf}, {"weight_zero_point", *_ACTIVATIONS})
     dtypes = _F8 if inverse else _F8 | {"I8"}
-    out, inputs = _matrix(parts["weight"], dtypes)
+    out, inputs = _matrix(parts, "weight", dtypes)
     numbers = _groups(parts[leaf], out, inputs)
     grid = parts[leaf].shape
     rows, columns = declared.block()
-    if inverse and len(grid) == 2 and parts[leaf].numel > 1:
+    blocks = declared.value("weight_block_size", list, None) is not None
+    if inverse and (blocks or (len(grid) == 2 and parts[leaf].numel > 1)):
         numbers = {"block": 1}  # a grid by its config, also where it has a row for each output
     if numbers.pop("block", 0):
         if grid != (_ceil(out, rows), _ceil(inputs, columns)):
@@ -613,7 +614,7 @@ def _scaled(name: str, parts: Parts, declared: _Declared) -> Packed:
     if "weight_zero_point" in parts:
         if "rows" in numbers:
             raise _Unread("has zero points for blocks")
-        _fits(parts["weight_zero_point"], {"I8"}, parts[leaf].shape)
+        _fits(parts, "weight_zero_point", {"I8"}, parts[leaf].shape)
     kind = "int8" if parts["weight"].dtype == "I8" else "fp8"
     return Packed(name, (out, inputs), f"scaled {kind}", parts, numbers)
 
@@ -621,8 +622,8 @@ def _scaled(name: str, parts: Parts, declared: _Declared) -> Packed:
 def _quanto(name: str, parts: Parts, declared: _Declared) -> Packed:
     declared.require("quanto")
     _take(parts, {"weight._data", "weight._scale"}, _ACTIVATIONS)
-    shape = _matrix(parts["weight._data"], _F8 | {"I8"})
-    _fits(parts["weight._scale"], _FLOATS, (shape[0], 1), (), (1,))
+    shape = _matrix(parts, "weight._data", _F8 | {"I8"})
+    _fits(parts, "weight._scale", _FLOATS, (shape[0], 1), (), (1,))
     return Packed(name, shape, "scaled quanto", parts, {"group": shape[1]})
 
 
@@ -635,12 +636,12 @@ def _mlx(name: str, module: str, parts: Parts, declared: _Declared) -> Packed:
     _take(parts, {"weight", "scales", "biases"})
     bits = declared.value("bits", int, 4, of=said)
     size = declared.value("group_size", int, 64, of=said)
-    out, words = _matrix(parts["weight"], {"U32"})
+    out, words = _matrix(parts, "weight", {"U32"})
     inputs = words * 32 // bits if bits in (2, 3, 4, 5, 6, 8) else 0
     if size < 1 or inputs * bits != words * 32 or inputs % size:
         raise _Unread(f"has {words} words in a row, for {bits} bits and groups of {size}")
     for leaf in ("scales", "biases"):
-        _fits(parts[leaf], _FLOATS, (out, inputs // size))
+        _fits(parts, leaf, _FLOATS, (out, inputs // size))
     return Packed(name, (out, inputs), "mlx", parts, {"bits": bits, "group": size})
 
 

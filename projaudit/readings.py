@@ -37,8 +37,8 @@ class Reading:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
     """Quantised weights by name, each made of several of the tensors."""
-    unread: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Tensors of a quantised weight that is not read -> why."""
+    unread: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+    """Tensors of a quantised weight that is not read -> (its name, why)."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -88,8 +88,8 @@ def above_rounding(layer: LayerUpdate) -> Value:
     edge = _SEEN * layer.rounding_edge
     spike = float(layer.spectrum.values[0]) / size / _floor(edge)
     limits = (
-        f"a relative norm of {_SEEN * layer.rounding_floor:.2g}",
-        f"one direction of σ {edge * size:.2g}",
+        f"{_SEEN * layer.rounding_floor:.2%} of ‖W0‖",
+        f"or σ {edge * size:.2g} in one direction",
     )
     return Value(max(found, spike), limits)
 
