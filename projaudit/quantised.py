@@ -141,13 +141,13 @@ def rewrites(config: Mapping[str, object] | None, weights: Iterable[str]) -> str
     Methods whose tensors are read here leave alone what is stored in full precision, but for
     bitsandbytes, which quantises as it loads all modules that are not named as left out.
     """
+    declared = _Declared(config)
     try:
-        declared = _Declared(config)
         method = declared.method
+        skipped = declared.texts("llm_int8_skip_modules", "modules_to_not_convert")
     except _Unread as why:
         return str(why)
     if method == "bitsandbytes":
-        skipped = declared.texts("llm_int8_skip_modules", "modules_to_not_convert")
         for name in weights:
             path = f".{name.removesuffix('.weight')}."
             if not any(f".{module}." in path for module in skipped):
