@@ -84,6 +84,8 @@ class Weight:
     """In its storage dtype, on the CPU; fp32 where it was quantised."""
     step: torch.Tensor | None = None
     """How far apart the values lie that an entry can have, in its shape; None: those of a dtype."""
+    calibrated: bool = False
+    """Whether its values may be others than the nearest that it could have."""
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -162,7 +164,7 @@ def load_weights(source: Source, reading: Reading, names: Iterable[str]) -> dict
         if name in reading.packed:
             packed = reading.packed[name]
             raw = {leaf: stored.pop(info.name).tensor for leaf, info in packed.parts.items()}
-            loaded[name] = Weight(parts, *dequantise(packed, raw))
+            loaded[name] = Weight(parts, *dequantise(packed, raw), packed.calibrated)
         else:
             loaded[name] = Weight(parts, stored[name].tensor, stored[name].step)
     return loaded

@@ -103,6 +103,7 @@ def measure_projector(
             {name: weight.tensor for name, weight in theirs.items()},
             target_steps={n: w.step for n, w in ours.items() if w.step is not None},
             base_steps={n: w.step for n, w in theirs.items() if w.step is not None},
+            calibrated=any(weight.calibrated for weight in (*ours.values(), *theirs.values())),
             subject=subject,
             device=device,
             rank=settings.rank,

@@ -66,6 +66,9 @@ _FP4 = tuple(
     for value in (0.0, 0.005208333333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 )
 _E2M1 = tuple(sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+_NEAREST = {
+    "bitsandbytes4 nf4", "bitsandbytes4 fp4", "bitsandbytes8", "scaled fp8", "scaled quanto",
+}  # fmt: skip
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, modules/linear/gemm.py: nibble i is that column
 
 
@@ -83,6 +86,11 @@ class Packed:
     """By their names below the layer: `qweight`, `weight.absmax`, …"""
     numbers: Mapping[str, int] = field(default_factory=dict)
     """Bits, group and block sizes, and what else the config and the shapes say."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its quantisers move codes away from the nearest, to make up for other errors."""
+        return self.scheme not in _NEAREST
 
 
 @dataclass(frozen=True)

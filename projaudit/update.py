@@ -63,6 +63,8 @@ class LayerUpdate:
     """Whether either side was stored in codes: 8 bits or less to a weight."""
     rounding_edge: float = 0.0
     """Where the singular values of the rounding of quantised sides end, over ‖W0‖F."""
+    calibrated: bool = False
+    """Whether a side may hold other values than the nearest, so that its rounding is larger."""
 
     @cached_property
     def delta(self) -> Tensor:
@@ -137,11 +139,13 @@ def pair(
     embedding_rows: EmbeddingRows = lambda: None,
     target_steps: Mapping[str, Tensor] | None = None,
     base_steps: Mapping[str, Tensor] | None = None,
+    calibrated: bool = False,
 ) -> ProjectorUpdate:
     """The update from base to target, layers paired by role whatever their names.
 
     Tensors come in their storage dtypes; those that were quantised in fp32, with the distance of
-    the values that each entry can have as their steps. Raises UnsupportedError where roles or
+    the values that each entry can have as their steps, and `calibrated` where a quantiser chose
+    among them by more than their distance. Raises UnsupportedError where roles or
     shapes differ, BaseError where the base is not finite or a layer of it is zero throughout.
     """
     roles = [layer.role for layer in target.linears]
@@ -204,6 +208,7 @@ def pair(
                 generator=generator,
                 quantised=rounded.quantised,
                 rounding_edge=rounded.edge,
+                calibrated=calibrated,
             )
         )
     overflow = {
