@@ -225,7 +225,9 @@ def embedding_pair(
     for side in (base, target):
         reading = side.readings[0]
         infos = [i for n, i in reading.tensors.items() if n.endswith(_EMBEDDINGS)]
-        if len(infos) != 1 or len(infos[0].shape) != 2 or infos[0].name in reading.packed:
+        if len(infos) != 1 or len(infos[0].shape) != 2:
+            return None
+        if infos[0].name in reading.packed or infos[0].name in reading.unread:
             return None
         sides.append((side, infos[0]))
     if sides[0][1].shape != sides[1][1].shape:
