@@ -147,7 +147,7 @@ def rewrites(config: Mapping[str, object] | None, weights: Iterable[str]) -> str
     """What a loader with this config rewrites of weights in full precision; empty for nothing.
 
     Methods whose tensors are read here leave alone what is stored in full precision, but for
-    bitsandbytes, which quantises as it loads all modules that are not named as left out.
+    bitsandbytes and quanto, which quantise as they load all modules not named as left out.
     """
     declared = _Declared(config)
     try:
@@ -155,13 +155,15 @@ def rewrites(config: Mapping[str, object] | None, weights: Iterable[str]) -> str
         skipped = declared.texts("llm_int8_skip_modules", "modules_to_not_convert")
     except _Unread as why:
         return str(why)
-    if method == "bitsandbytes":
+    if method in {"bitsandbytes", "quanto"}:
         for name in weights:
-            path = f".{name.removesuffix('.weight')}."
-            if not any(f".{module}." in path for module in skipped):
-                return f"bitsandbytes quantises {clean(name, 100)} as it loads it"
+            # As transformers matches them: from the start or up to the end, at whole segments.
+            path = f".{name.removesuffix('.weight').removeprefix('model.')}."
+            modules = [f".{module.removeprefix('model.')}." for module in skipped]
+            if not any(path.startswith(m) or path.endswith(m) for m in modules):
+                return f"{method} quantises {clean(name, 100)} as it loads it"
         return ""
-    known = {"gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "mlx", "quanto"}
+    known = {"gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "mlx"}
     return "" if method in known else f"quant_method {clean(method, 40)!r} is not known here"
 
 

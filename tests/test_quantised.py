@@ -617,12 +617,18 @@ def test_full_precision_that_a_loader_quantises_is_said(tmp_path: Path, base: Pa
     method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     for skipped, said in (
         (None, True), (["lm_head"], True), (["multi_modal_projector"], False), (["linear_1"], True),
+        (["linear_1", "model.multi_modal_projector.linear_2"], False), (["projector"], True),
     ):  # fmt: skip
         config = {**SMALL, "quantization_config": {**method, "llm_int8_skip_modules": skipped}}
         target = save(tmp_path / f"{skipped}", tuned(BASE, 0.1), config=config)
         report = projaudit.check(str(target), str(base), seed=1)
         assert ("ambiguous-sources" in rules(report)) is said, skipped
-    for method in ({"quant_method": "torchao"}, {"bits": 4}, {"quant_method": 3}):
+    for method in (
+        {"quant_method": "quanto"},
+        {"quant_method": "torchao"},
+        {"bits": 4},
+        {"quant_method": 3},
+    ):
         config = {**SMALL, "quantization_config": method}
         target = save(tmp_path / f"{method}", tuned(BASE, 0.1), config=config)
         assert "ambiguous-sources" in rules(projaudit.check(str(target), str(base), seed=1))
