@@ -30,6 +30,7 @@ from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate, require_readable
+from projaudit.quantised import rewrites
 from projaudit.readings import Reading, parameter, place_of
 from projaudit.report import (
     Coverage,
@@ -143,7 +144,7 @@ def explained(
     with Session(settings, None, None) as session:
         checkpoint = open_checkpoint(session.source(parse_ref(target, revision)))
         reading = checkpoint.readings[0]
-        shapes = {name: info.shape for name, info in reading.tensors.items()}
+        shapes = reading.shapes
         try:
             return explain(shapes, checkpoint.config)
         except ProjauditError as error:
@@ -238,6 +239,7 @@ def _audit(
         if not found[0][1]:
             raise _no_projector(target)
         found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
+        target = _settled(target, found)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
     target, sides = _sides(target, found)
@@ -254,8 +256,8 @@ def _audit(
                 compare(
                     target,
                     base.checkpoint,
-                    audited=frozenset(n for p in found[0][1] for n in p.tensors),
-                    audited_base=frozenset(n for p in base.projectors for n in p.tensors),
+                    audited=_audited(*found[0]),
+                    audited_base=_audited(base.checkpoint.readings[0], base.projectors),
                     seed=session.settings.seed,
                 )
             )
@@ -307,11 +309,10 @@ def _bases(
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
-    shapes = {name: info.shape for name, info in reading.tensors.items()}
     try:
-        found = locate(shapes, checkpoint.config)
+        found = locate(reading.shapes, checkpoint.config)
         for projector in found:
-            require_readable(projector)
+            require_readable(projector, reading.unread)
         return found
     except ProjauditError as error:
         error.file = error.file or clean(checkpoint.source.name)
@@ -356,7 +357,7 @@ def _sides(
 
     def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[object, ...]]:
         names = [name for projector in projectors for name in projector.tensors]
-        return {(parameter(name), *place_of(reading.tensors[name])) for name in names}
+        return {(parameter(i.name), *place_of(i)) for name in names for i in reading.parts(name)}
 
     first = places(*found[0])
     sides: list[Side] = []
@@ -390,8 +391,8 @@ def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
 
     def digests(sides: Sequence[Side]) -> list[tuple[object, ...]]:
         loaded = [(side.projector.tensors, side.load()) for side in sides]
-        items = [stored[name] for names, stored in loaded for name in names]
-        return [(s.sha256, s.info.dtype, s.info.shape, s.info.strides) for s in items]
+        parts = [part for names, stored in loaded for name in names for part in stored[name].parts]
+        return [(digest, info.dtype, info.shape, info.strides) for info, digest in parts]
 
     if forms(ours) != forms(first):
         return None
@@ -403,7 +404,7 @@ def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
 
 def _sharing(side: Side) -> Ambiguity | None:
     """What there is to say where two tensors of a projector are the same memory in their file."""
-    infos = [side.reading.tensors[name] for name in side.projector.tensors]
+    infos = [i for name in side.projector.tensors for i in side.reading.parts(name)]
     infos.sort(key=lambda info: (info.file, info.start, info.stop))
     for before, info in pairwise(infos):
         if before.file == info.file and info.start < before.stop:
@@ -411,6 +412,29 @@ def _sharing(side: Side) -> Ambiguity | None:
             says = f"{clean(info.name, 80)} shares memory with {clean(before.name, 80)}"
             return Ambiguity("shared-memory", says, (info.file,), names)
     return None
+
+
+def _settled(
+    target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
+) -> Checkpoint:
+    """The checkpoint less the note that its config quantises, where what was read is what runs."""
+    full = [
+        layer.weight
+        for reading, projectors in found
+        for projector in projectors
+        for layer in projector.linears
+        if layer.weight not in reading.packed
+    ]
+    if rewrites(target.config, full):
+        return target
+    notes = tuple(note for note in target.ambiguities if note.kind != "quantized")
+    return replace(target, ambiguities=notes)
+
+
+def _audited(reading: Reading, projectors: Sequence[Projector]) -> frozenset[str]:
+    """The stored tensors that those projectors are made of."""
+    names = [name for projector in projectors for name in projector.tensors]
+    return frozenset(info.name for name in names for info in reading.parts(name))
 
 
 def _opened(session: Session, candidate: Candidate) -> _Base:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from projaudit.errors import LimitError, NothingError, UnsupportedError
 from projaudit.inert import clean
+from projaudit.quantised import Packed, dequantise
 from projaudit.readings import Reading, Readings
 from projaudit.safetensors_header import Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer
@@ -38,6 +39,16 @@ _TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+# What parts of quantised weights are stored in; torch counts and shifts signed words only.
+_CODE_DTYPES = {
+    **_TORCH_DTYPES,
+    "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8",
+    "I8": "int8",
+    "I32": "int32",
+    "U32": "int32",
+    "I64": "int64",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,22 @@ class Stored:
     """Of the bytes read, hex."""
     tensor: torch.Tensor
     """In its storage dtype, on the CPU."""
+    step: torch.Tensor | None = None
+    """How far apart the values lie that an entry can have, in its shape; None: those of a dtype."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as its loader has it: one stored tensor, or what several of them stand for."""
+
+    parts: tuple[tuple[TensorInfo, str], ...]
+    """What was read, each with the sha256 of its bytes."""
+    tensor: torch.Tensor
+    """In its storage dtype, on the CPU; fp32 where it was quantised."""
+    step: torch.Tensor | None = None
+    """How far apart the values lie that an entry can have, in its shape; None: those of a dtype."""
+    calibrated: bool = False
+    """Whether its values may be others than the nearest that it could have."""
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -97,10 +124,13 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return _checkpoint(source, config, readings)
 
 
-def load_tensors(source: Source, infos: Iterable[TensorInfo]) -> dict[str, Stored]:
+def load_tensors(
+    source: Source, infos: Iterable[TensorInfo], codes: Set[str] = frozenset()
+) -> dict[str, Stored]:
     """The tensors of those infos by name, in storage dtype, with the sha256 of their bytes.
 
-    Raises UnsupportedError (`unsupported.dtype`) for what is not floating point of 8 to 64 bits,
+    `codes` are the names of those that may hold whole numbers. Raises UnsupportedError
+    (`unsupported.dtype`) for any other that is not floating point of 8 to 64 bits,
     LimitError (`limit.tensor-size`) above 4 GiB, both before anything is read; ValueError for two
     infos of one name; and what the source raises.
     """
@@ -110,7 +140,7 @@ def load_tensors(source: Source, infos: Iterable[TensorInfo]) -> dict[str, Store
         if info.name in names:
             raise ValueError(f"two tensors are called {info.name!r}")
         names.add(info.name)
-        _check_loadable(info)
+        _check_loadable(info, _CODE_DTYPES if info.name in codes else _TORCH_DTYPES)
         by_file[info.file].append(info)
     stored: dict[str, Stored] = {}
     for path, wanted in by_file.items():
@@ -134,11 +164,50 @@ def check_places(source: Source, infos: Iterable[TensorInfo]) -> None:
             check_frames(wanted, source.read_spans(path, spans), path)
 
 
-def _check_loadable(info: TensorInfo) -> None:
+def load_weights(source: Source, reading: Reading, names: Iterable[str]) -> dict[str, Weight]:
+    """The weights of those names, quantised ones dequantised.
+
+    Raises what `load_tensors` raises, and FormatError (`format.quantised`) where the contents of a
+    quantised weight's parts contradict each other.
+    """
+    names = list(names)
+    infos = [info for name in names for info in reading.parts(name)]
+    codes = {i.name for n in names if n in reading.packed for i in reading.parts(n)}
+    for weight in (reading.packed[name] for name in names if name in reading.packed):
+        _check_size(weight)
+    stored = load_tensors(source, infos, codes)
+    loaded: dict[str, Weight] = {}
+    for name in names:
+        parts = tuple((info, stored[info.name].sha256) for info in reading.parts(name))
+        if name in reading.packed:
+            packed = reading.packed[name]
+            raw = {leaf: stored.pop(info.name).tensor for leaf, info in packed.parts.items()}
+            loaded[name] = Weight(parts, *dequantise(packed, raw), packed.calibrated)
+        else:
+            loaded[name] = Weight(parts, stored[name].tensor, stored[name].step)
+    return loaded
+
+
+def _check_size(weight: Packed) -> None:
+    size = 4 * weight.shape[0] * weight.shape[1]
+    if size > TENSOR_LIMIT:
+        file = next(iter(weight.parts.values())).file
+        raise LimitError(
+            f"{size} bytes in float32, above {TENSOR_LIMIT}",
+            "tensor-size",
+            file=clean(file),
+            field=clean(weight.name),
+        )
+
+
+def _check_loadable(info: TensorInfo, dtypes: Mapping[str, str]) -> None:
     where = {"file": clean(info.file), "field": clean(info.name)}
-    if info.dtype not in _TORCH_DTYPES:
+    if info.dtype not in dtypes:
+        says = f"dtype {info.dtype} is not audited"
+        if info.dtype[0] in "IU":
+            says = f"holds whole numbers ({info.dtype}), and nothing beside it says their scale"
         raise UnsupportedError(
-            f"dtype {info.dtype} is not audited",
+            says,
             "dtype",
             **where,
             remedy=f"save the projector as one of {', '.join(_TORCH_DTYPES)}",
@@ -150,7 +219,7 @@ def _check_loadable(info: TensorInfo) -> None:
 def _as_tensor(info: TensorInfo, data: bytes) -> torch.Tensor:
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[info.dtype])
+    dtype: torch.dtype = getattr(torch, _CODE_DTYPES[info.dtype])
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     # A copy, as torch wants memory that may be written to.

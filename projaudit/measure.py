@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
-from projaudit.checkpoint import Checkpoint, Stored, load_tensors
+from projaudit.checkpoint import Checkpoint, Weight, load_weights
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
 from projaudit.projector import Projector
@@ -56,11 +56,9 @@ class Side:
         """Where its bytes are."""
         return self.checkpoint.source
 
-    def load(self) -> dict[str, Stored]:
-        """Its tensors by name, as stored."""
-        return load_tensors(
-            self.source, [self.reading.tensors[name] for name in self.projector.tensors]
-        )
+    def load(self) -> dict[str, Weight]:
+        """Its weights by name."""
+        return load_weights(self.source, self.reading, self.projector.tensors)
 
 
 def measure_projector(
@@ -101,8 +99,11 @@ def measure_projector(
         update = pair(
             target.projector,
             base.projector,
-            {name: stored.tensor for name, stored in ours.items()},
-            {name: stored.tensor for name, stored in theirs.items()},
+            {name: weight.tensor for name, weight in ours.items()},
+            {name: weight.tensor for name, weight in theirs.items()},
+            target_steps={n: w.step for n, w in ours.items() if w.step is not None},
+            base_steps={n: w.step for n, w in theirs.items() if w.step is not None},
+            calibrated=any(weight.calibrated for weight in (*ours.values(), *theirs.values())),
             subject=subject,
             device=device,
             rank=settings.rank,
@@ -145,7 +146,7 @@ def _check_rank(settings: Settings, projector: Projector) -> None:
 
 
 def _tensors_read(
-    side: Literal["target", "base"], subject: str, of: Side, stored: Mapping[str, Stored]
+    side: Literal["target", "base"], subject: str, of: Side, weights: Mapping[str, Weight]
 ) -> list[TensorRead]:
     roles = {
         name: f"{layer.role}.{leaf}"
@@ -159,17 +160,18 @@ def _tensors_read(
             side=side,
             projector=subject,
             role=roles[name],
-            name=name,
-            file=item.info.file,
-            start=item.info.start,
-            stop=item.info.stop,
-            dtype=item.info.dtype,
-            shape=item.info.shape,
-            sha256=item.sha256,
-            file_sha256=of.source.files[item.info.file].sha256,
-            verified=verified.get(item.info.file, "local"),
+            name=info.name,
+            file=info.file,
+            start=info.start,
+            stop=info.stop,
+            dtype=info.dtype,
+            shape=info.shape,
+            sha256=digest,
+            file_sha256=of.source.files[info.file].sha256,
+            verified=verified.get(info.file, "local"),
         )
-        for name, item in stored.items()
+        for name, weight in weights.items()
+        for info, digest in weight.parts
     ]
 
 

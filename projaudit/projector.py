@@ -475,9 +475,22 @@ def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
     )
 
 
-def require_readable(projector: Projector) -> None:
+def require_readable(
+    projector: Projector, unread: Mapping[str, tuple[str, str]] | None = None
+) -> None:
     """Raises UnsupportedError where a projector has no matrix, or they are quantised, packed or an
-    adapter's."""
+    adapter's. `unread`: tensors -> (the weight that they are part of, why it is not read).
+    """
+    unread = unread or {}
+    for name in (*projector.packed, *projector.tensors):
+        if name in unread:
+            weight, why = unread[name]
+            raise UnsupportedError(
+                why,
+                "quantised",
+                field=clean(weight),
+                remedy="check the full-precision repository that it was made from",
+            )
     if not projector.packed:
         if not projector.linears:
             raise UnsupportedError(

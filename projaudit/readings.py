@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.inert import clean
+from projaudit.quantised import Packed, find
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
 from projaudit.torch_zip import MAGIC, read_torch_zip
@@ -34,6 +35,35 @@ class Reading:
     """`main` for what transformers loads; else a short unique word of ours."""
     why: str
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
+    """Quantised weights by name, each made of several of the tensors."""
+    unread: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+    """Tensors of a quantised weight that is not read -> (its name, why)."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its name, quantised ones in place of their parts."""
+        if not self.packed:
+            return {name: info.shape for name, info in self.tensors.items()}
+        weight_of = {
+            info.name: name
+            for name, weight in self.packed.items()
+            for info in weight.parts.values()
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, info in self.tensors.items():
+            weight = weight_of.get(name)
+            if weight is None:
+                shapes[name] = info.shape
+            else:
+                shapes[weight] = self.packed[weight].shape
+        return shapes
+
+    def parts(self, name: str) -> tuple[TensorInfo, ...]:
+        """The tensors that make the weight of that name: itself, but for quantised ones."""
+        if name in self.packed:
+            return tuple(self.packed[name].parts.values())
+        return (self.tensors[name],)
 
 
 class Readings:
@@ -49,6 +79,7 @@ class Readings:
         self._source = source
         self._config = config
         self._seen: list[dict[str, tuple[object, ...]]] = []
+        self._small: dict[tuple[str, int], bytes] = {}
 
     def add_way(self, way: Way) -> None:
         """Adds what a loader that reads those files may take for the weights."""
@@ -158,8 +189,17 @@ class Readings:
                 remedy="remove the weight files that the model does not use",
             )
         self._seen.append(places)
-        self.found.append(Reading("main" if not self.found else label, why, tensors))
+        quantised = find(tensors, self._config, self._bytes)
+        label = "main" if not self.found else label
+        self.found.append(Reading(label, why, tensors, quantised.packed, quantised.unread))
         return True
+
+    def _bytes(self, info: TensorInfo) -> bytes:
+        """The bytes of a small tensor, read once for all readings."""
+        place = (info.file, info.start)
+        if place not in self._small:
+            self._small[place] = self._source.read(info.file, info.start, info.stop)
+        return self._small[place]
 
     def _header(self, path: str) -> Header:
         if path not in self.headers:

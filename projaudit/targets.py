@@ -120,7 +120,11 @@ def embedding_tensor(reading: Reading, width: int) -> TensorInfo | None:
     fitting = [
         info
         for name, info in reading.tensors.items()
-        if name.endswith(_EMBEDDINGS) and _is_rows(info) and info.shape[1] == width
+        if name.endswith(_EMBEDDINGS)
+        and _is_rows(info)
+        and info.shape[1] == width
+        and name not in reading.packed
+        and name not in reading.unread
     ]
     return min(fitting, key=lambda info: len(info.name), default=None)
 
@@ -225,8 +229,11 @@ def embedding_pair(
     """The same embedding rows (n × d, fp32) of base and target, None where they do not compare."""
     sides = []
     for side in (base, target):
-        infos = [i for n, i in side.readings[0].tensors.items() if n.endswith(_EMBEDDINGS)]
+        reading = side.readings[0]
+        infos = [i for n, i in reading.tensors.items() if n.endswith(_EMBEDDINGS)]
         if len(infos) != 1 or not _is_rows(infos[0]):
+            return None
+        if infos[0].name in reading.packed or infos[0].name in reading.unread:
             return None
         sides.append((side, infos[0]))
     if sides[0][1].shape != sides[1][1].shape:

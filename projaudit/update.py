@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _MANTISSA: Mapping[torch.dtype, tuple[int, int]] = {
 _BLOCK = 1 << 22  # entries handled at once, so that no whole matrix is copied
 _GREATEST = 3e38  # where differences begin to leave float32
 _ZERO = 1e-20  # a layer whose greatest weight is below this computes nothing
+_SLACK = 1.01  # of half a step: scales are rounded themselves
 _EXPONENTS = 512  # binary exponents of float32, from −256 up
 
 EmbeddingRows = Callable[[], tuple[Tensor, Tensor] | None]
@@ -58,6 +60,12 @@ class LayerUpdate:
     permuted_units: int = 0
     rescaled_units: int = 0
     rotated: bool = False
+    quantised: bool = False
+    """Whether either side was stored in codes: 8 bits or less to a weight."""
+    rounding_edge: float = 0.0
+    """Where the singular values of the rounding of quantised sides end, over ‖W0‖F."""
+    calibrated: bool = False
+    """Whether a side may hold other values than the nearest, so that its rounding is larger."""
 
     @cached_property
     def delta(self) -> Tensor:
@@ -151,11 +159,16 @@ def pair(
     rank: int,
     generator: torch.Generator,
     embedding_rows: EmbeddingRows = lambda: None,
+    target_steps: Mapping[str, Tensor] | None = None,
+    base_steps: Mapping[str, Tensor] | None = None,
+    calibrated: bool = False,
 ) -> ProjectorUpdate:
     """The update from base to target, layers paired by role whatever their names.
 
-    Tensors come in their storage dtypes. Raises UnsupportedError where roles or shapes differ,
-    BaseError where the base is not finite or a layer of it is zero throughout.
+    Tensors come in their storage dtypes; those that were quantised in fp32, with the distance of
+    the values that each entry can have as their steps, and `calibrated` where a quantiser chose
+    among them by more than their distance. Raises UnsupportedError where roles or
+    shapes differ, BaseError where the base is not finite or a layer of it is zero throughout.
     """
     roles = [layer.role for layer in target.linears]
     base_layers = {layer.role: layer for layer in base.linears}
@@ -199,7 +212,14 @@ def pair(
     for layer in target.linears:
         other = base_layers[layer.role]
         stored, stored_base = target_tensors[layer.weight], base_tensors[other.weight]
-        changed, floor = rounding(other.matrix(stored_base), layer.matrix(stored))
+        steps = [
+            None if step is None else side.matrix(step)
+            for side, step in (
+                (other, (base_steps or {}).get(other.weight)),
+                (layer, (target_steps or {}).get(layer.weight)),
+            )
+        ]
+        rounded = rounding(other.matrix(stored_base), layer.matrix(stored), *steps)
         before = other.matrix(stored_base.to(device, torch.float32))
         after = layer.matrix(stored.to(device, torch.float32))
         layers.append(
@@ -210,10 +230,13 @@ def pair(
                 after=after,
                 before_bias=side(base_tensors, other.bias),
                 after_bias=side(target_tensors, layer.bias),
-                changed_fraction=changed,
-                rounding_floor=floor,
+                changed_fraction=rounded.changed,
+                rounding_floor=rounded.floor,
                 rank=rank,
                 generator=generator,
+                quantised=rounded.quantised,
+                rounding_edge=rounded.edge,
+                calibrated=calibrated,
             )
         )
     overflow = {
@@ -260,7 +283,7 @@ def pair(
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and rounding(before, after)[0] == 0.0
+    return before.shape == after.shape and rounding(before, after).changed == 0.0
 
 
 def _named(projector: Projector) -> list[tuple[str, str]]:
@@ -298,13 +321,33 @@ def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
             raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
 
 
-def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """(changed fraction, rounding floor) of two stored tensors of equal shape, any float dtypes.
+class Rounding(NamedTuple):
+    """What storage alone does to the difference of two tensors."""
+
+    changed: float
+    """Share of the entries that moved beyond it."""
+    floor: float
+    """Frobenius norm of a difference that is nothing else, over ‖W0‖F."""
+    edge: float = 0.0
+    """Bound of that difference's spectral norm, over ‖W0‖F; only of quantised tensors."""
+    quantised: bool = False
+
+
+def rounding(
+    before: Tensor,
+    after: Tensor,
+    before_step: Tensor | None = None,
+    after_step: Tensor | None = None,
+) -> Rounding:
+    """What storage does to the difference of two tensors of equal shape, of any float dtypes.
 
     An entry is unchanged where both sides round to the same value of the coarser dtype. The floor
     is √(Σ ulp²/12) / ‖W0‖F with the ulp of each rounding that lies between the two: one where both
-    are stored alike, one per side otherwise (uniform rounding error, variance ulp²/12).
+    are stored alike, one per side otherwise (uniform rounding error, variance ulp²/12). The steps
+    of a quantised side stand in place of its ulps.
     """
+    if before_step is not None or after_step is not None or _is_f8(before) or _is_f8(after):
+        return _quantised_rounding(before, after, before_step, after_step)
     coarse = min((before.dtype, after.dtype), key=lambda dtype: _MANTISSA[dtype][0])
     same = before.dtype == after.dtype
     changed = 0
@@ -324,7 +367,59 @@ def rounding(before: Tensor, after: Tensor) -> tuple[float, float]:
                 ulp = 2.0 ** (max(exponent - _EXPONENTS // 2 - 1, least) - bits)
                 error += count * ulp * ulp / 12
     size = frobenius(before.float())
-    return changed / max(before.numel(), 1), error**0.5 / size if size else float("inf")
+    floor = error**0.5 / size if size else float("inf")
+    return Rounding(changed / max(before.numel(), 1), floor)
+
+
+def _is_f8(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+
+
+def _quantised_rounding(
+    before: Tensor, after: Tensor, before_step: Tensor | None, after_step: Tensor | None
+) -> Rounding:
+    """`rounding` where a side was quantised: entry by entry, with the step of each.
+
+    An entry is unchanged where both may be the rounding of one value: they lie no further apart
+    than half the coarser step and, where the steps differ, half the finer one. The edge is that of
+    independent errors of unequal variance, √(max row sum) + √(max column sum) (Latała 2005; equal
+    variances give σ(√m + √n)).
+    """
+    rows = before.shape[0] if before.ndim else 1
+    old, new = before.reshape(rows, -1), after.reshape(rows, -1)
+    old_step, new_step = (
+        None if step is None else step.reshape(rows, -1) for step in (before_step, after_step)
+    )
+    columns = torch.zeros(old.shape[1], dtype=torch.float64)
+    highest, total, changed = 0.0, 0.0, 0
+    block = max(1, _BLOCK // max(old.shape[1], 1))
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        one = _spacing(old[part], old_step, part)
+        other = _spacing(new[part], new_step, part)
+        alike = one == other
+        coarse, fine = torch.maximum(one, other), torch.minimum(one, other)
+        reach = (coarse + torch.where(alike, 0.0, fine)) / 2 * _SLACK
+        changed += int(torch.count_nonzero((new[part].double() - old[part].double()).abs() > reach))
+        variance = (coarse.square() + torch.where(alike, 0.0, fine.square())) / 12
+        columns += variance.sum(dim=0)
+        sums = variance.sum(dim=1)
+        total += float(sums.sum())
+        highest = max(highest, float(sums.max()) if len(sums) else 0.0)
+    size = frobenius(before.float())
+    widest = float(columns.max()) if len(columns) else 0.0
+    norms = (total**0.5, highest**0.5 + widest**0.5)
+    floor, edge = (norm / size if size else float("inf") for norm in norms)
+    return Rounding(changed / max(before.numel(), 1), floor, edge, quantised=True)
+
+
+def _spacing(values: Tensor, steps: Tensor | None, part: slice) -> Tensor:
+    """The step of each value in float64: as given, else the ulp of its dtype."""
+    if steps is not None:
+        return steps[part].double()
+    bits, least = _MANTISSA[values.dtype]
+    exponent = (torch.frexp(values.double()).exponent - 1).clamp_min(least) - bits
+    return exponent.double().exp2()
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:

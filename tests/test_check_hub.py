@@ -13,7 +13,7 @@ import pytest
 import torch
 from fakehub import FakeHub, on
 from huggingface_hub import close_session, constants
-from models import llava, save, tuned
+from models import CONFIG, llava, save, tuned
 
 import projaudit
 from projaudit.findings import Verdict
@@ -399,3 +399,28 @@ def outcome(target: str) -> projaudit.Report | projaudit.ProjauditError:
         return projaudit.check(target, seed=1)
     except projaudit.ProjauditError as error:
         return error
+
+
+def test_a_quantised_model_is_asked_for_the_shape_of_few_layers(hub: FakeHub, tmp_path: Path):
+    from bitsandbytes import functional
+
+    def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes, state = functional.quantize_4bit(weight, quant_type="nf4")
+        parts = state.as_dict(packed=True).items()
+        return {name: codes, **{f"{name}.{key}": part.clone() for key, part in parts}}
+
+    matrices = {n: t for n, t in tuned(BASE, 0.4).items() if t.ndim == 2 and "projector" in n}
+    tensors = {n: t for n, t in BASE.items() if n not in matrices}
+    for name, weight in matrices.items():
+        tensors |= packed(name, weight)
+    for i in range(40):
+        tensors |= packed(
+            f"language_model.model.layers.{i}.mlp.gate_proj.weight", torch.ones(64, 64)
+        )
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = save(tmp_path / "q4", tensors, config={**CONFIG, "quantization_config": method})
+    hub.add("org/q4", folder)
+    report = projaudit.check("org/q4", "org/base", seed=1)
+    assert report.verdict is Verdict.PASS
+    assert {m.value for m in report.measurements if m.metric == "quantised"} == {1.0}
+    assert len(hub.requests("cdn")) < 20

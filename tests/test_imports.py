@@ -18,7 +18,7 @@ LAYERS = [
     ["metrics", "strict", "report", "chain"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
     ["torch_zip"],
-    ["hub", "weight_files", "projector", "policy"],
+    ["hub", "weight_files", "projector", "policy", "quantised"],
     ["readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
