@@ -18,7 +18,7 @@ LAYERS = [
     ["metrics", "strict", "report"],
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
     ["hub", "weight_files", "projector", "policy"],
-    ["readings", "explain"],
+    ["remote", "readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
