@@ -29,6 +29,9 @@ ACCOUNTS = {
     "s3": "check the account (AWS_PROFILE, AWS_ACCESS_KEY_ID) and what it may read",
     "gs": "check the account (gcloud auth application-default login) and what it may read",
 }
+PAGE = 1000
+"""Objects of one answer; what both services give at most."""
+MAX_PAGES = 2000
 _HOUR = 3600
 
 
@@ -44,7 +47,7 @@ def find_objects(ref: Ref, link: Link) -> tuple[dict[str, Item], bool]:
     scheme, _, rest = ref.uri.partition("://")
     bucket, _, key = rest.partition("/")
     listing, signed = _OPEN[scheme](ref, link, bucket)
-    found, one_file = _objects(ref, link, lambda prefix: listing(prefix), key)
+    found, one_file = _objects(ref, link, listing, key)
     items = {}
     for path, (name, size, state) in found.items():
         about = clean(ref.text if one_file else f"{ref.text}/{path}")
@@ -68,9 +71,9 @@ def _objects(
     for prefix in [f"{key}/", key] if key else [""]:
         one_file = bool(key) and prefix == key
         found: dict[str, tuple[str, int, State]] = {}
-        for name, size, state in _pages(
-            ref, link, listing(prefix), stop_after=1 if one_file else 0
-        ):
+        # The object itself stands before all others of that beginning: on the first page.
+        most = 1 if one_file else MAX_PAGES
+        for name, size, state in _pages(ref, link, listing(prefix), most):
             path = posixpath.basename(name) if one_file else name.removeprefix(prefix)
             if (one_file and name != key) or name.endswith("/") or not path:
                 continue  # a neighbour of the same beginning; a folder's own marker
@@ -96,20 +99,18 @@ def _objects(
     raise NotFoundError("no such folder or file in the bucket", "path", file=ref.text)
 
 
-def _pages(
-    ref: Ref, link: Link, turn: Turn, *, stop_after: int
-) -> Iterator[tuple[str, int, State]]:
+def _pages(ref: Ref, link: Link, turn: Turn, most: int) -> Iterator[tuple[str, int, State]]:
     token: str | None = None
-    seen: set[str] = set()
-    while True:
+    for _ in range(most):
         link.traffic.requests += 1
-        found, token = turn(token)
+        found, following = turn(token)
         yield from found
-        if token is None or len(seen) + 1 == stop_after:
+        if following is None or most == 1:
             return
-        if token in seen or len(seen) > MAX_FILES // 50:
-            raise NetworkError("pages of the listing without an end", "answer", file=ref.text)
-        seen.add(token)
+        if following == token:
+            break
+        token = following
+    raise NetworkError("pages of the listing without an end", "answer", file=ref.text)
 
 
 def _open_s3(
@@ -152,9 +153,11 @@ def _open_s3(
             answer = _asked(
                 ref,
                 "s3",
-                lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more),
+                lambda: fs.call_s3(
+                    "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=PAGE, **more
+                ),
             )
-            page = [
+            page: list[tuple[str, int, State]] = [
                 (str(one["Key"]), int(one["Size"]), (("etag", str(one.get("ETag") or "")),))
                 for one in answer.get("Contents", ())
             ]
@@ -196,10 +199,10 @@ def _open_gs(
                 ref,
                 "gs",
                 lambda: fs.call(
-                    "GET", "b/{}/o", bucket, prefix=prefix, json_out=True, maxResults=1000, **more
+                    "GET", "b/{}/o", bucket, prefix=prefix, json_out=True, maxResults=PAGE, **more
                 ),
             )
-            page = [
+            page: list[tuple[str, int, State]] = [
                 (
                     str(one["name"]),
                     int(one["size"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from projaudit.errors import NetworkError, OfflineError, UsageError
+from projaudit.errors import OfflineError, UsageError
 from projaudit.hub.guard import Limits
 from projaudit.hub.link import Link, is_offline
 from projaudit.remote import buckets, web
@@ -71,6 +71,3 @@ def open_remote(
 
 def _quiet(line: str) -> None:
     """Told of nothing."""
-
-
-__all__ = ["NetworkError", "open_remote"]

@@ -1,4 +1,4 @@
-"""Models of an MLflow tracking server: where one lies, and its files, by ranges where those work."""
+"""Models of an MLflow tracking server: where one lies, and its files, by ranges where possible."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -112,7 +113,7 @@ def _located(ref: Ref, client: Any) -> tuple[str, str]:
 
 
 def _of_run(ref: Ref, client: Any, run_id: str, path: str) -> str:
-    """Where a path of a run lies: among its artifacts, or as a model that it logged by that name."""
+    """Where a path of a run lies: among its artifacts, or as a model that it logged so named."""
     run = client.get_run(run_id)
     first, _, rest = path.partition("/")
     for output in getattr(getattr(run, "outputs", None), "model_outputs", None) or ():
@@ -277,15 +278,13 @@ class DownloadedModel:
 
     def _listed(self) -> dict[str, RepoFile]:
         files: dict[str, RepoFile] = {}
-        folders: list[str] = [""]
+        folders = [""]
         seen = 0
         while folders:
             folder = folders.pop()
             self.traffic.requests += 1
-            entries = _asked(
-                self.ref, lambda at=folder: self._repository.list_artifacts(at or None)
-            )
-            for entry in entries:
+            ask = partial(self._repository.list_artifacts, folder or None)
+            for entry in _asked(self.ref, ask):
                 seen += 1
                 path, about = str(entry.path), clean(f"{self.name}/{entry.path}")
                 inside = path.startswith(f"{folder}/") if folder else True
@@ -295,12 +294,12 @@ class DownloadedModel:
                     raise LimitError(f"more than {MAX_FILES} files", "files", file=self.ref.text)
                 if entry.is_dir:
                     folders.append(path)
-                elif not isinstance(entry.file_size, int) or not 0 <= entry.file_size < 1 << 63:
+                    continue
+                if not isinstance(entry.file_size, int) or not 0 <= entry.file_size < 1 << 63:
                     raise IntegrityError("listed without a size", "size", file=about)
-                elif (
-                    files.setdefault(path, RepoFile(path, entry.file_size)).size != entry.file_size
-                ):
+                if path in files:
                     raise IntegrityError("listed twice", "listing", file=about)
+                files[path] = RepoFile(path, entry.file_size)
         return files
 
 

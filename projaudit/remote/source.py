@@ -17,7 +17,6 @@ from projaudit.remote.transfer import Item, NoRanges, get_range, get_whole
 from projaudit.source import (
     Ref,
     RepoFile,
-    Traffic,
     open_local,
     refuse_lfs_pointer,
     too_long,
@@ -198,6 +197,3 @@ def temporary_folder(owner: object) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="projaudit-"))
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-__all__ = ["Progress", "RemoteSource", "Traffic", "temporary_folder"]
