@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -51,17 +52,17 @@ def find_objects(ref: Ref, link: Link) -> tuple[dict[str, Item], bool]:
     items = {}
     for path, (name, size, state) in found.items():
         about = clean(ref.text if one_file else f"{ref.text}/{path}")
-        items[path] = Item(RepoFile(path, size), about, _request(signed, name, state, link), state)
+        items[path] = Item(
+            RepoFile(path, size),
+            about,
+            partial(signed, name, state),
+            state,
+            conditional=scheme == "gs",
+        )
     first = next(iter(items.values()))
     url = urlsplit(first.request()[0])
     link.endpoint = f"{url.scheme}://{url.netloc}"
     return items, one_file
-
-
-def _request(
-    signed: Callable[[str, State], Request], key: str, state: State, link: Link
-) -> Callable[[], Request]:
-    return lambda: signed(key, state)
 
 
 def _objects(
@@ -179,7 +180,7 @@ def _open_s3(
 def _open_gs(
     ref: Ref, link: Link, bucket: str
 ) -> tuple[Callable[[str], Turn], Callable[[str, State], Request]]:
-    gcsfs = _library("gcsfs", "gs", ref)
+    gcsfs = _library("gcsfs", "gcs", ref)
     fs = _asked(
         ref,
         "gs",
