@@ -169,8 +169,12 @@ def test_full_verification_is_not_pretended(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     ("text", "library", "extra"),
-    [("s3://bucket/x", "s3fs", "s3"), ("gs://bucket/x", "gcsfs", "gcs"), ("models:/a/1", "mlflow", "mlflow")],
-)  # fmt: skip
+    [
+        ("s3://bucket/x", "s3fs", "s3"),
+        ("gs://bucket/x", "gcsfs", "gcs"),
+        ("models:/a/1", "mlflow", "mlflow"),
+    ],
+)
 def test_a_missing_library_is_named_with_its_extra(
     text: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -209,7 +213,11 @@ def test_none_of_the_libraries_is_loaded_unasked():
 def test_where_a_public_server_may_redirect_to(
     there: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    names = {"public.example": "93.184.216.34", "cdn.example": "93.184.216.35", "inside.example": "10.1.2.3"}  # fmt: skip
+    names = {
+        "public.example": "93.184.216.34",
+        "cdn.example": "93.184.216.35",
+        "inside.example": "10.1.2.3",
+    }
     real = socket.getaddrinfo
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *a, **k: real(names.get(host, host), *a, **k)
@@ -329,7 +337,8 @@ def shortened(request: Request) -> bool:
 
 def dropped(request: Request) -> bool:
     start, stop = request.span
-    whole = {"Content_Length": str(stop - start), "Content_Range": f"bytes {start}-{stop - 1}/{len(request.data)}"}  # fmt: skip
+    said = f"bytes {start}-{stop - 1}/{len(request.data)}"
+    whole = {"Content_Length": str(stop - start), "Content_Range": said}
     request.close_connection = True
     request.answer(206, request.data[start : start + 1], **whole)
     return True
@@ -337,7 +346,8 @@ def dropped(request: Request) -> bool:
 
 def slow(request: Request) -> bool:
     start, stop = request.span
-    whole = {"Content_Length": str(stop - start), "Content_Range": f"bytes {start}-{stop - 1}/{len(request.data)}"}  # fmt: skip
+    said = f"bytes {start}-{stop - 1}/{len(request.data)}"
+    whole = {"Content_Length": str(stop - start), "Content_Range": said}
     request.answer(206, b"", **whole)
     try:
         for at in range(start, min(stop, start + 12)):
@@ -512,10 +522,11 @@ def moto_server(folders: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def s3(moto_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    nowhere = str(tmp_path / "none")
     for name, value in {
         "AWS_ENDPOINT_URL": moto_server.url, "AWS_ACCESS_KEY_ID": "AKIATESTING",
         "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": nowhere, "AWS_SHARED_CREDENTIALS_FILE": nowhere,
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
@@ -795,7 +806,7 @@ def test_no_registry_is_named(mlflow: Any, monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WebServer]:
-    """What the documentation of Google's JSON API says, for one bucket: names, media, conditions."""
+    """What Google's documentation of its JSON API says: names, media, conditions; no emulator."""
     pytest.importorskip("gcsfs")
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
