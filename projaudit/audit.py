@@ -44,7 +44,7 @@ from projaudit.report import (
     TensorRead,
 )
 from projaudit.session import Progress, Session, environment, find_device, settle
-from projaudit.source import Ref, Source, parse_ref
+from projaudit.source import Ref, Source, parse_ref, public
 from projaudit.weight_files import Ambiguity
 
 if TYPE_CHECKING:
@@ -159,9 +159,9 @@ def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Repo
     """
     try:
         ref = parse_ref(target, asked.get("revision"))
-        identity = Identity(target, ref.kind, ref.repo or target, ref.revision)
+        identity = Identity(ref.text, ref.kind, ref.repo or ref.text, ref.revision)
     except ProjauditError:
-        identity = Identity(target, "local", target)
+        identity = Identity(public(target), "local", public(target))
     return Report(
         target=identity,
         policy=Policy(

@@ -102,7 +102,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     `unsupported.adapter`) where there are weights that projaudit does not read, and LimitError
     (`limit.shards`, `limit.tensors`, `limit.readings`).
     """
-    if source.ref.path is not None and not source.ref.path.is_dir():
+    path = source.ref.path
+    if getattr(source, "one_file", path is not None and not path.is_dir()):
         return _open_file(source)
     config, redirect, hints, notes = read_config(source)
     root = [path for path in source.files if "/" not in path]

@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with the status of design: 0 1 2 3 4, 70 a bug, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # mlflow would report its use, draw bars, and ask a dead server seven times for minutes.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Greek is no bug
             stream.reconfigure(errors="backslashreplace")
@@ -285,7 +289,9 @@ def _paths(output: str | None, formats: Sequence[str], target: str) -> dict[str,
             raise wrong(f"is a file for {name}, not for {', '.join(formats)}")
         chosen = {name: path}
     else:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "--", target.removeprefix("hf://")).strip("-.")
+        from projaudit.source import public
+
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "--", public(target).removeprefix("hf://")).strip("-.")
         stem = stem[-100:] or "report"
         files = [name for name in formats if name != "text"] or ["text"]
         chosen = {name: path / f"{stem}{FORMATS[name].suffix}" for name in files}

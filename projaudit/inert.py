@@ -8,10 +8,12 @@ import unicodedata
 # Categories that move the cursor, hide or reorder text: control, format (bidi, zero width),
 # surrogate, private use, unassigned, line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-# Hub tokens, and the query strings of signed URLs.
+# Hub tokens, passwords in URLs, and the query strings of signed URLs.
 _SECRET = re.compile(
     r"hf_[A-Za-z0-9]{8,}"
-    r"|(?<=[?&])[\w\-]*(?:[Ss]ignature|[Tt]oken|[Pp]olicy|[Kk]ey)[\w\-\[\]]*=[^&\s]+"
+    r"|(?<=://)[^/\s?#@]+@"
+    r"|(?<=[?&])[\w\-]*(?:[Ss]ig|[Tt]oken|[Pp]olicy|[Kk]ey|[Cc]redential|[Pp]assw|[Ss]ecret)"
+    r"[\w\-\[\]]*=[^&\s]+"
 )
 
 

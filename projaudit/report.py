@@ -27,9 +27,10 @@ class Identity:
 
     ref: str
     """The reference as the user typed it."""
-    kind: Literal["local", "hub"]
+    kind: Literal["local", "hub", "s3", "gs", "https", "mlflow"]
     name: str
-    """Repository id as the server gave it, or the local path."""
+    """Repository id as the server gave it, the local path, the address, or an MLflow model's URI
+    with the version that an alias was resolved to."""
     revision: str | None = None
     """What was asked for: a branch, a tag, a commit; None for the default branch."""
     commit: str | None = None

@@ -94,9 +94,8 @@ class Session:
 
     def source(self, ref: Ref) -> Source:
         """The source of a reference; the same reference is opened once."""
-        wanted = (ref.kind, ref.path, ref.repo, ref.revision)
         for known in self.sources:
-            if wanted == (known.ref.kind, known.ref.path, known.ref.repo, known.ref.revision):
+            if _same(known.ref, ref):
                 return known
         self.sources.append(self._opened(ref))
         return self.sources[-1]
@@ -104,6 +103,16 @@ class Session:
     def _opened(self, ref: Ref) -> Source:
         if ref.kind == "local":
             return open_local(ref)
+        if ref.kind != "hub":
+            from projaudit.remote import open_remote
+
+            return open_remote(
+                ref,
+                offline=self.settings.offline,
+                verify=self.settings.verify,
+                progress=self.progress,
+                notify=self.notify,
+            )
         from projaudit.hub import guarded_client, open_hub
 
         self._open.enter_context(guarded_client())
@@ -114,6 +123,12 @@ class Session:
             progress=self.progress,
             notify=self.notify,
         )
+
+
+def _same(one: Ref, other: Ref) -> bool:
+    """Whether two references mean one place, however they were typed."""
+    place, that = ((r.kind, r.path, r.repo, r.revision, r.uri) for r in (one, other))
+    return place == that
 
 
 def find_device(name: str) -> torch.device:

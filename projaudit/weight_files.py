@@ -97,7 +97,7 @@ def ways_to_read(
         why = f"{clean(shards[0], 80)} makes transformers read the folder as a distributed one"
         files = [p for p in source.files if "/" not in p and p.endswith(".safetensors")]
         way = Way("distributed", why, tuple(files), kind="distributed-shards")
-        ways.insert(0 if source.ref.kind == "local" else len(ways), way)
+        ways.insert(0 if source.ref.kind != "hub" else len(ways), way)
     return ways
 
 

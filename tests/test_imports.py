@@ -19,7 +19,7 @@ LAYERS = [
     ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
     ["torch_zip"],
     ["hub", "weight_files", "projector", "policy", "quantised"],
-    ["readings", "explain"],
+    ["remote", "readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],

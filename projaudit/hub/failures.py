@@ -77,7 +77,7 @@ def refusal(
     return NetworkError(f"{host} answered {status}{quoted}", "status", file=about)
 
 
-def busy(response: Any, about: str, token: str | None, patience: float) -> Retry:
+def busy(response: Any, about: str, patience: float, hint: str = "") -> Retry:
     """What a status means that may pass, where `patience` seconds of waiting are left."""
     after = _retry_after(response.headers)
     host, status = host_of(str(response.request.url)), response.status_code
@@ -85,7 +85,7 @@ def busy(response: Any, about: str, token: str | None, patience: float) -> Retry
         error: ProjauditError = RateLimitError(
             f"{host} asks for patience ({status})",
             file=about,
-            remedy="try again later" + ("" if token else ", or set HF_TOKEN"),
+            remedy=f"try again later{hint}",
         )
     else:
         error = NetworkError(f"{host} answered {status}", "server", file=about)

@@ -176,7 +176,7 @@ def _refused(host: str, why: str) -> NetworkError:
         f"refused to follow the server: {why}",
         "redirect",
         file=clean(host),
-        remedy="check HF_ENDPOINT and the proxy settings",
+        remedy="check the address (the Hub's is HF_ENDPOINT) and the proxy settings",
     )
 
 

@@ -34,6 +34,9 @@ class Link:
     notify: Callable[[str], None]
     traffic: Traffic = field(default_factory=Traffic)
     token: str | None = None
+    follow: Callable[[str, str], None] | None = None
+    """Told of every redirect (from, to) before it is followed, so that it may refuse; also says
+    that this is no Hub's server."""
     _patience: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,11 +141,14 @@ class Link:
                         target = str(response.request.url.join(response.headers["location"]))
                         metadata = method == "HEAD" and "x-repo-commit" in response.headers
                         if not metadata or self.is_home(target):
+                            if self.follow is not None:
+                                self.follow(str(response.request.url), target)
                             self._finish(response)
                             url = target
                             continue
                     if response.status_code in _BUSY:
-                        raise busy(response, about, self.token, self._patience)
+                        hint = "" if self.token or self.follow else ", or set HF_TOKEN"
+                        raise busy(response, about, self._patience, hint)
                     return consume(response, target)
         except library.InvalidURL:
             raise nonsense(about, "it points to what is no URL") from None
