@@ -20,6 +20,7 @@ from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
+from projaudit.mmproj import as_converted, as_stored, locate_mmproj
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate, require_readable
 from projaudit.readings import Reading
@@ -136,7 +137,11 @@ def explained(
         reading = checkpoint.readings[0]
         shapes = {name: info.shape for name, info in reading.tensors.items()}
         try:
-            return explain(shapes, checkpoint.config)
+            if reading.metadata is None:
+                return explain(shapes, checkpoint.config)
+            found = explain(*as_converted(shapes, reading.metadata))
+            stored = [(as_stored(p, list(shapes), reading.metadata), why) for p, why in found.found]
+            return replace(found, found=tuple(stored))
         except ProjauditError as error:
             error.file = error.file or clean(checkpoint.source.name)
             raise
@@ -226,8 +231,10 @@ def _audit(
         source = session.source(target_ref)
         target = open_checkpoint(source)
         found = [(reading, _projectors(reading, target)) for reading in target.readings]
-        if not found[0][1]:
+        first = next((i for i, pair in enumerate(found) if pair[1] and _counts(i, pair[0])), None)
+        if first is None:
             raise _no_projector(target)
+        found.insert(0, found.pop(first))
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
     sides = _sides(target, found)
@@ -296,10 +303,18 @@ def _bases(
         return [_opened(session, candidate) for candidate in named], ""
 
 
+def _counts(number: int, reading: Reading) -> bool:
+    """Whether a reading may be what is audited first: a projector may lie in a GGUF file alone."""
+    return number == 0 or reading.metadata is not None
+
+
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
     shapes = {name: info.shape for name, info in reading.tensors.items()}
     try:
-        found = locate(shapes, checkpoint.config)
+        if reading.metadata is None:
+            found = locate(shapes, checkpoint.config)
+        else:
+            found = locate_mmproj(shapes, reading.metadata)
         for projector in found:
             require_readable(projector)
         return found

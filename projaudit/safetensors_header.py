@@ -54,13 +54,15 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """As safetensors spells it: `F32`, `BF16`, …"""
+    """As safetensors spells it: `F32`, `BF16`, …; of a GGUF file as ggml does: `Q8_0`, …"""
     shape: tuple[int, ...]
     file: str
     """Path of its file in the source."""
     start: int
     stop: int
     """Byte offsets in the file, end exclusive."""
+    added: float = 0.0
+    """What a converter added to every value, which is taken off where the tensor is loaded."""
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +77,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds."""
+    """What a file says it holds."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]

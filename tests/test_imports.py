@@ -16,9 +16,9 @@ PACKAGE = Path(projaudit.__file__).parent
 LAYERS = [
     ["data", "inert", "errors", "findings", "evidence"],
     ["metrics", "strict", "report"],
-    ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
-    ["hub", "weight_files", "projector", "policy"],
-    ["readings", "explain"],
+    ["source", "safetensors_header", "gguf_header", "lanczos", "linalg", "rules", "position"],
+    ["hub", "weight_files", "projector", "policy", "gguf_values"],
+    ["mmproj", "readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
