@@ -392,6 +392,11 @@ def _counterpart(projector: Projector, base: _Base) -> Side:
             p.prefix == projector.prefix,
         ),
     )
+    roles = [layer.role for layer in projector.linears]
+    if sorted(roles) == sorted(layer.role for layer in best.linears):
+        # Where no family says the order, a file of another format has another one.
+        ordered = sorted(best.linears, key=lambda layer: roles.index(layer.role))
+        best = replace(best, linears=tuple(ordered))
     return Side(base.checkpoint, base.checkpoint.readings[0], best, _name(base.checkpoint.source))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from projaudit.checkpoint import Checkpoint
+from projaudit.clip_keys import changed_from_config, changed_keys
 from projaudit.errors import FormatError
 from projaudit.gguf_values import QUANTISED
 from projaudit.inert import clean
@@ -135,8 +136,8 @@ def compare(
         files_unknown=tuple(unknown),
         files_added=tuple(sorted(set(target.source.files) - set(base.source.files))),
         files_removed=tuple(sorted(set(base.source.files) - set(target.source.files))),
-        config_compared=target.config is not None and base.config is not None,
-        config_changes=tuple(_config_changes(target, base)),
+        config_compared=_says(target) is not None and _says(base) is not None,
+        config_changes=tuple(dict.fromkeys(_config_changes(target, base))),
         tensors_added=tuple(sorted(here[n].name for n in here.keys() - there.keys())),
         tensors_removed=tuple(sorted(info.name for info in gone.values())),
     )
@@ -284,7 +285,30 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\x00" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
+def _says(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What says what a loader makes of the weights: the GGUF file itself, else config.json."""
+    metadata = checkpoint.readings[0].metadata
+    return checkpoint.config if metadata is None else metadata
+
+
 def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
+    for reading in target.readings:
+        if reading.metadata is None:
+            continue
+        theirs = base.readings[0].metadata
+        if theirs is not None:
+            yield from changed_keys(reading.metadata, theirs)
+        else:
+            images = _image_processor(base.source) or {}
+            yield from changed_from_config(reading.metadata, base.config or {}, images)
+    if target.readings[0].metadata is None and base.readings[0].metadata is not None:
+        images = _image_processor(target.source) or {}
+        yield from changed_from_config(base.readings[0].metadata, target.config or {}, images)
+    if target.readings[0].metadata is None and base.readings[0].metadata is None:
+        yield from _changed_configs(target, base)
+
+
+def _changed_configs(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
     ours, theirs = target.config, base.config
     if ours is not None and theirs is not None:
         yield from _changed_keys("", ours, theirs, _CONFIG)

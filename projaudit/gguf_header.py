@@ -23,6 +23,8 @@ MAX_NAME = 255
 """Bytes of a key or name; llama.cpp allows names of 63."""
 MAX_VALUE = 4_096
 """Bytes of a text that is kept."""
+MAX_ARRAY = 64
+"""Numbers of an array that is kept."""
 MAX_RANK = 4
 MAX_ALIGNMENT = 1 << 20
 PROBE = 64 << 10
@@ -93,12 +95,13 @@ def read_gguf_header(source: Source, path: str) -> Header:
     """The header of a GGUF file of a source, versions 2 and 3, little endian.
 
     Shapes are in torch's order, dtypes as ggml spells them (`Q8_0`, `F16`). `metadata` holds the
-    numbers and short texts of the keys `general.*` and `clip.*`, as text. One read of 64 KiB, and
-    more of at most 4 MiB each where it is longer; arrays of numbers are skipped unread, those of
-    texts unkept. Raises FormatError (`format.gguf`, `format.lfs-pointer`) unless the tensors follow
-    each other to the end of the file, each on the next multiple of the alignment, as llama.cpp
-    demands; stricter in what it refuses besides: bytes after the last tensor, names that are no
-    UTF-8 or hold NUL, arrays of arrays, and what is above the limits.
+    numbers, short arrays of numbers and short texts of the keys `general.*` and `clip.*`, as text.
+    One read of 64 KiB, and more of at most 4 MiB each where it is longer; long arrays of numbers
+    are skipped unread, those of texts not kept. Raises what the source raises, and FormatError
+    (`format.gguf`, `format.lfs-pointer`) unless the tensors follow each other to the end of the
+    file, each on the next multiple of the alignment, as llama.cpp demands. Stricter in what it
+    refuses besides: bytes after the last tensor, names that are no UTF-8 or hold NUL, arrays of
+    arrays, and what is above the limits.
     """
     cursor = _Cursor(source, path)
     refuse_lfs_pointer(cursor.peek(), path)
@@ -145,7 +148,9 @@ def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, str], int]:
         seen.add(key)
         kind = cursor.number("I", key)
         if kind == _ARRAY:
-            _skip_array(cursor, key)
+            numbers = _array(cursor, key)
+            if numbers is not None and key.startswith(_KEPT):
+                kept[key] = numbers
             continue
         value = _text(cursor, key) if kind == _TEXT else _scalar(cursor, kind, key)
         if key == "general.alignment":
@@ -184,8 +189,11 @@ def _is_alignment(value: int) -> bool:
     return 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0
 
 
-def _skip_array(cursor: _Cursor, key: str) -> None:
+def _array(cursor: _Cursor, key: str) -> str | None:
+    """The numbers of a short array, with commas between; None for others, which are skipped."""
     kind, length = cursor.number("I", key), cursor.number("Q", key)
+    if kind in _SCALARS and length <= MAX_ARRAY:
+        return ",".join(str(_scalar(cursor, kind, key)).lower() for _ in range(length))
     if kind in _SCALARS:
         cursor.skip(length * struct.calcsize(_SCALARS[kind]), key)
     elif kind == _TEXT:
@@ -193,6 +201,7 @@ def _skip_array(cursor: _Cursor, key: str) -> None:
     else:
         says = "is an array of arrays" if kind == _ARRAY else f"unknown value type {kind}"
         raise cursor.bad(says, key)
+    return None
 
 
 @dataclass(frozen=True)

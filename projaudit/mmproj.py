@@ -13,6 +13,7 @@ from typing import Any
 from projaudit.projector import Projector, locate
 
 _TYPE_KEYS = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
+_TOWERS = {"v.": "vision_tower.v.", "a.": "audio_tower.a."}
 _WIDTH_KEYS = ("clip.vision.projection_dim", "clip.audio.projection_dim")
 
 
@@ -87,7 +88,7 @@ def as_converted(
     """The shapes under the names that were converted, in the order of a checkpoint, and what a
     config would say of the language model's width."""
     new = converted_from(list(shapes), metadata)
-    renamed = {new.get(name, name): shape for name, shape in shapes.items()}
+    renamed = {new.get(name) or _tower(name): shape for name, shape in shapes.items()}
     said = [metadata[key] for key in _WIDTH_KEYS if key in metadata]
     widths = [int(text) for text in said if text.isascii() and text.isdigit()]
     config = {"text_config": {"hidden_size": widths[0]}} if widths else {}
@@ -96,7 +97,8 @@ def as_converted(
 
 def as_stored(projector: Projector, names: Sequence[str], metadata: Mapping[str, str]) -> Projector:
     """A projector that was located under the names of `as_converted`, under those of its file."""
-    old = {new: name for name, new in converted_from(names, metadata).items()}
+    converted = converted_from(names, metadata)
+    old = {converted.get(name) or _tower(name): name for name in names}
 
     def back(name: str) -> str:
         return old.get(name, name)
@@ -130,6 +132,12 @@ def _of(metadata: Mapping[str, str]) -> list[Naming]:
 @cache
 def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(re.escape(text).replace(r"\{n\}", r"(?P<n>[0-9]{1,9})") + r"(?=\.|$)")
+
+
+def _tower(name: str) -> str:
+    """The name of a tensor that is no projector's, so that its tower is known for one."""
+    tower = next((long for short, long in _TOWERS.items() if name.startswith(short)), "")
+    return tower + name[2:] if tower else name
 
 
 def _ranks(matches: Sequence[re.Match[str]]) -> dict[int, int]:

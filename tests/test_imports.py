@@ -18,7 +18,7 @@ LAYERS = [
     ["metrics", "strict", "report"],
     ["source", "safetensors_header", "gguf_header", "lanczos", "linalg", "rules", "position"],
     ["hub", "weight_files", "projector", "policy", "gguf_values"],
-    ["mmproj", "readings", "explain"],
+    ["mmproj", "clip_keys", "readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
