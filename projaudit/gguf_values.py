@@ -86,6 +86,11 @@ _ROUNDINGS: Mapping[str, _Rounding] = {
     "IQ1_M": _Rounding((_Codes(0, 48),), _grid(3, 2048, 8, 0.875)),
 }
 
+# Their codes are chosen before the scale, and what is added to all of a block, are rounded to fp16
+# (to 2^-24 where it is below the normal numbers), which moves every value once more.
+_SHIFTED = {"Q4_1", "Q5_1"}
+_SCALED_LATER = {"Q4_0", "Q5_0", "Q8_0", *_SHIFTED}
+
 QUANTISED = frozenset(_ROUNDINGS)
 """The quantised types that are read."""
 
@@ -106,16 +111,19 @@ def dequantised(data: bytes, dtype: str, shape: tuple[int, ...]) -> tuple[Tensor
     block, size = _SIZES[dtype]
     blocks = np.frombuffer(data, np.uint8).reshape(-1, size)
     kind = GGMLQuantizationType[dtype]
+    rows = math.prod(shape[:-1])  # the package goes through rows in groups, many blocks at once
     if not len(blocks):
         return torch.zeros(shape), torch.zeros(shape)
 
     def decoded(raw: Array) -> Array:
         # Infinite scales, and codes that a hostile file holds and no quantiser writes.
         with np.errstate(all="ignore"):
-            return np.asarray(dequantize(raw, kind)).reshape(-1, block)
+            return np.asarray(dequantize(raw.reshape(rows, -1), kind)).reshape(-1, block)
 
     values = decoded(blocks.copy())
     step = _step(_ROUNDINGS[dtype], blocks, values, decoded)
+    if dtype in _SCALED_LATER:
+        step = _widened(step, values, shifted=dtype in _SHIFTED)
     return torch.from_numpy(values.reshape(shape)), torch.from_numpy(step.reshape(shape))
 
 
@@ -145,6 +153,19 @@ def _step(
     scale = scale / np.float32(rounding.worth)
     scale[~np.isfinite(scale)] = math.inf
     return _cells(rounding.levels, values, scale) if rounding.levels else np.abs(scale)
+
+
+def _widened(step: Array, values: Array, *, shifted: bool) -> Array:
+    """The step and, besides, what rounding its scale to fp16 moves a value by, either way."""
+    import numpy as np
+
+    size = np.abs(values)
+    if shifted:  # by what is added to all of a block, which is as large as its largest
+        size = np.broadcast_to(size.max(axis=1, keepdims=True), size.shape)
+    with np.errstate(all="ignore"):
+        relative = np.maximum(np.float32(2**-10), np.float32(2**-24) / step)
+        moved = size * np.where(step > 0, relative, 0)
+        return np.asarray(np.nan_to_num(step + moved, nan=math.inf))
 
 
 def _cells(levels: tuple[int, ...], values: Array, scale: Array) -> Array:

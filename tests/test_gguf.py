@@ -323,7 +323,8 @@ def test_quantise_write_read(
     expected = gguf.dequantize(gguf.quantize(x.numpy(), KINDS[dtype]), KINDS[dtype])
     assert np.array_equal(values.numpy(), expected)
     # Half a step, or a whole one where a block's other end is cut off (Q4_0, Q5_0, MXFP4).
-    assert ((values - x).abs() <= 1.07 * step + 1e-12).all()
+    reach = 1.0 if dtype in ("Q4_0", "Q5_0", "MXFP4") else 0.501
+    assert ((values - x).abs() <= reach * step + 1e-12).all()
 
 
 @pytest.mark.parametrize("dtype", WRITABLE)
@@ -560,7 +561,7 @@ def test_an_unchanged_model_is_at_its_rounding_floor(tmp_path: Path, dtype: str)
     path = write(tmp_path / "mmproj.gguf", mmproj(BASE), dtype)
     report = projaudit.check(str(path), str(base), seed=1)
     floors = [floor(path, f"mm.{n}.weight", BASE[f"{P}linear_{i}.weight"]) for n, i in ((0, 1), (2, 2))]  # fmt: skip # noqa: E501
-    assert values(report, "relative_norm") == pytest.approx(floors, rel=0.05)
+    assert values(report, "relative_norm") == pytest.approx(floors, rel=0.08)
     assert [f.rule for f in report.findings if f.rule == "projector-tensors-added"] == []
 
 
@@ -572,8 +573,9 @@ def test_a_drowned_update_is_no_pass_and_the_limit_is_said(tmp_path: Path, dtype
         path = write(tmp_path / f"mmproj-{number}.gguf", mmproj(tensors), dtype)
         report = projaudit.check(str(path), str(base), seed=1)
         assert report.verdict is Verdict.INCONCLUSIVE
-        assert "update-below-rounding" in {f.rule for f in report.findings}
-        assert "relative norm of" in str(report.findings)
+        said = [f.message for f in report.findings if f.rule == "update-below-rounding"]
+        assert said
+        assert all("an update shows from" in message for message in said)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("F16", 0.05), ("Q8_0", 0.05), ("Q4_0", 0.5)])
