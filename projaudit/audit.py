@@ -295,7 +295,13 @@ def _bases(
     """The bases, or why there is none where one is not required: behaviour can be heard alone."""
     with session.stage("open base"):
         try:
-            named = candidates(target.source, target.config, option=option, pins=pins)
+            named = candidates(
+                target.source,
+                target.config,
+                option=option,
+                pins=pins,
+                metadata=target.readings[0].metadata,
+            )
         except BaseError as error:
             if required or error.code != "base.none":
                 raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from projaudit.errors import LimitError, NothingError, UnsupportedError
-from projaudit.gguf_header import MAGIC, architecture, is_gguf
+from projaudit.gguf_header import MAGIC, architecture
 from projaudit.gguf_values import QUANTISED, dequantised, spacing
 from projaudit.inert import clean
 from projaudit.readings import Reading, Readings
@@ -173,7 +173,6 @@ def _projector_ggufs(source: Source, root: Sequence[str]) -> list[str]:
         path
         for path in root
         if path.endswith(".gguf")
-        and is_gguf(source, path)
         and ("mmproj" in path.lower() or architecture(source, path) in (None, "clip"))
     ]
     return sorted(found, key=lambda path: (-source.files[path].size, path))
@@ -219,7 +218,7 @@ def _is_adapter(path: str) -> bool:
 def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | UnsupportedError:
     pickles = [path for path in root if _is_pickle(path)]
     ggufs = [path for path in root if path.endswith(".gguf")]
-    if ggufs and not pickles and all(is_gguf(source, path) for path in ggufs):
+    if ggufs and not pickles and all(architecture(source, path) for path in ggufs):
         return NothingError(
             "its GGUF files are text models, without a projector",
             "projector",

@@ -121,16 +121,17 @@ def read_gguf_header(source: Source, path: str) -> Header:
     return _placed(cursor, entries, metadata, alignment)
 
 
-def is_gguf(source: Source, path: str) -> bool:
-    """Whether a file begins as a GGUF file does; raises as a source does."""
-    return source.read(path, 0, min(source.files[path].size, len(MAGIC))) == MAGIC
-
-
 def architecture(source: Source, path: str) -> str | None:
-    """What a GGUF file says first that it is, `clip` or a text model's `llama`; None where the
-    first key is another. Raises as `read_gguf_header` does."""
+    """What a GGUF file says first that it is: `clip`, or `llama` of a text model.
+
+    None where its first key is another, empty where it is no GGUF file. Raises as
+    `read_gguf_header` does.
+    """
     cursor = _Cursor(source, path)
-    cursor.skip(16, "number of tensors")
+    refuse_lfs_pointer(cursor.peek(), path)
+    if cursor.size < len(MAGIC) or cursor.take(len(MAGIC), "magic") != MAGIC:
+        return ""
+    cursor.skip(12, "number of tensors")
     if cursor.number("Q", "number of keys") and cursor.name("metadata key") == _ARCHITECTURE:
         return _text(cursor, _ARCHITECTURE) if cursor.number("I", _ARCHITECTURE) == _TEXT else None
     return None

@@ -721,6 +721,24 @@ def test_a_projector_in_a_gguf_beside_a_text_model_in_safetensors(tmp_path: Path
     assert report.verdict is not Verdict.PASS
 
 
+def test_an_lfs_pointer_in_place_of_a_projector(tmp_path: Path):
+    folder = save(tmp_path / "tuned", BASE)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for name in ("mmproj-f16.gguf", "model.gguf"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(FormatError, match="git lfs pull"):
+            open_checkpoint(open_local(parse_ref(str(folder))))
+        (folder / name).unlink()
+
+
+def test_a_projector_in_a_subfolder_is_said(tmp_path: Path):
+    folder = save(tmp_path / "tuned", BASE)
+    (folder / "gguf").mkdir()
+    write(folder / "gguf" / "mmproj.gguf", mmproj(BASE))
+    (note,) = open_checkpoint(open_local(parse_ref(str(folder)))).ambiguities
+    assert (note.kind, note.files) == ("unread-subfolder", ("gguf/mmproj.gguf",))
+
+
 def test_other_names_than_its_base_are_no_pass(tmp_path: Path):
     base = save(tmp_path / "base", BASE)
     path = write(tmp_path / "mmproj.gguf", mmproj(BASE), keys={"clip.projector_type": "glm4v"})
