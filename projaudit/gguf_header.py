@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 
 from projaudit.errors import FormatError
 from projaudit.inert import clean
-from projaudit.safetensors_header import MAX_DIM, MAX_TENSORS, Header, TensorInfo
+from projaudit.safetensors_header import MAX_DIM, Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER = 100_000_000
 """Bytes before the tensors; the tokenizers of text models take ten million."""
+MAX_TENSORS = 100_000
+"""The largest text models have ten thousand."""
 MAX_KEYS = 100_000
 MAX_STRINGS = 5_000_000
 """Strings within the arrays of one file."""

@@ -57,11 +57,12 @@ def converted_from(names: Sequence[str], metadata: Mapping[str, str]) -> dict[st
     No two names are given the same: where a file would make them so, both keep their own.
     """
     rules = {rule: new for naming in _of(metadata) for rule, new in naming.names.items()}
+    starts = {rule: rule.partition("{")[0] for rule in rules}
     matches: dict[str, list[re.Match[str]]] = {rule: [] for rule in rules}
     fits: dict[str, tuple[str, re.Match[str]]] = {}
     for name in names:
         for rule in rules:
-            match = _pattern(rule).match(name)
+            match = _pattern(rule).match(name) if name.startswith(starts[rule]) else None
             if match is not None:
                 matches[rule].append(match)
                 if name not in fits or match.end() > fits[name][1].end():
