@@ -160,8 +160,8 @@ def _widened(step: Array, values: Array, *, shifted: bool) -> Array:
     import numpy as np
 
     size = np.abs(values)
-    if shifted:  # by what is added to all of a block, which is as large as its largest
-        size = np.broadcast_to(size.max(axis=1, keepdims=True), size.shape)
+    if shifted:  # a code's part of a value is what is left when the part of the block is taken off
+        size = size + 2 * size.max(axis=1, keepdims=True)
     with np.errstate(all="ignore"):
         relative = np.maximum(np.float32(2**-10), np.float32(2**-24) / step)
         moved = size * np.where(step > 0, relative, 0)
