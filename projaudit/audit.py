@@ -28,6 +28,7 @@ from projaudit.findings import Location, Unevaluated
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.listening import Depth, Wish, depth_of, heard, standing, unheard, wish
+from projaudit.mmproj import as_converted, as_stored, locate_mmproj
 from projaudit.policy import RuleSet, load_policy
 from projaudit.projector import Projector, locate, require_readable
 from projaudit.quantised import rewrites
@@ -146,7 +147,11 @@ def explained(
         reading = checkpoint.readings[0]
         shapes = reading.shapes
         try:
-            return explain(shapes, checkpoint.config)
+            if reading.metadata is None:
+                return explain(shapes, checkpoint.config)
+            found = explain(*as_converted(shapes, reading.metadata))
+            stored = [(as_stored(p, list(shapes), reading.metadata), why) for p, why in found.found]
+            return replace(found, found=tuple(stored))
         except ProjauditError as error:
             error.file = error.file or clean(checkpoint.source.name)
             raise
@@ -236,9 +241,11 @@ def _audit(
         source = session.source(target_ref)
         target = open_checkpoint(source)
         found = [(target.readings[0], _projectors(target.readings[0], target))]
-        if not found[0][1]:
-            raise _no_projector(target)
         found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
+        first = next((i for i, pair in enumerate(found) if pair[1] and _counts(i, pair[0])), None)
+        if first is None:
+            raise _no_projector(target)
+        found.insert(0, found.pop(first))
         target = _settled(target, found)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
@@ -300,7 +307,13 @@ def _bases(
     """The bases, or why there is none where one is not required: behaviour can be heard alone."""
     with session.stage("open base"):
         try:
-            named = candidates(target.source, target.config, option=option, pins=pins)
+            named = candidates(
+                target.source,
+                target.config,
+                option=option,
+                pins=pins,
+                metadata=target.readings[0].metadata,
+            )
         except BaseError as error:
             if required or error.code != "base.none":
                 raise
@@ -308,9 +321,17 @@ def _bases(
         return [_opened(session, candidate) for candidate in named], ""
 
 
+def _counts(number: int, reading: Reading) -> bool:
+    """Whether a reading may be what is audited first: a projector may lie in a GGUF file alone."""
+    return number == 0 or reading.metadata is not None
+
+
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
     try:
-        found = locate(reading.shapes, checkpoint.config)
+        if reading.metadata is None:
+            found = locate(reading.shapes, checkpoint.config)
+        else:
+            found = locate_mmproj(reading.shapes, reading.metadata)
         for projector in found:
             require_readable(projector, reading.unread)
         return found
@@ -475,6 +496,11 @@ def _counterpart(projector: Projector, base: _Base) -> Side:
             p.prefix == projector.prefix,
         ),
     )
+    roles = [layer.role for layer in projector.linears]
+    if sorted(roles) == sorted(layer.role for layer in best.linears):
+        # Where no family says the order, a file of another format has another one.
+        ordered = sorted(best.linears, key=lambda layer: roles.index(layer.role))
+        best = replace(best, linears=tuple(ordered))
     return Side(base.checkpoint, base.checkpoint.readings[0], best, _name(base.checkpoint.source))
 
 

@@ -21,6 +21,7 @@ _README_LIMIT = 1 << 20
 _CONFIG_LIMIT = 10 << 20
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}")
+_GGUF_BASE = re.compile(r"general\.base_model\.[0-9]{1,3}\.repo_url")
 _URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/")
 
 
@@ -38,8 +39,10 @@ def candidates(
     *,
     option: Ref | None,
     pins: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[Candidate, ...]:
-    """The bases to compare with, best source first: `--base` > policy > adapter > card > config.
+    """The bases to compare with, best source first: `--base` > policy > adapter > card > config >
+    the `metadata` of a GGUF file.
 
     What the user or the policy names is verified and stands alone; everything else is the
     uploader's claim, every distinct one of which is a candidate. Names in files are Hub ids and
@@ -52,7 +55,7 @@ def candidates(
         if repo.lower() in _names(target):
             claim = Claim("policy", base)
             return (Candidate(parse_ref(base), Provenance("policy", True, (claim,))),)
-    claims, problems = _claims(target, config)
+    claims, problems = _claims(target, config, metadata or {})
     if not claims:
         reason = f" ({'; '.join(problems)})" if problems else ""
         raise BaseError(
@@ -82,7 +85,7 @@ def candidates(
 
 
 def _claims(
-    target: Source, config: Mapping[str, Any] | None
+    target: Source, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
 ) -> tuple[list[tuple[Claim, str | None]], list[str]]:
     """(claim, revision) in order of trust, and what could not be read."""
     found: list[tuple[Claim, str | None]] = []
@@ -128,6 +131,9 @@ def _claims(
                 add("model card", value)
     if config is not None and not found:
         add("config.json", config.get("_name_or_path"))
+    if not found:
+        for key in sorted(filter(_GGUF_BASE.fullmatch, metadata)):
+            add("GGUF header", metadata[key])
     unique = dict.fromkeys(found)
     return list(unique), problems
 

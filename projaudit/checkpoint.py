@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from projaudit.errors import LimitError, NothingError, UnsupportedError
+from projaudit.gguf_header import MAGIC, architecture
+from projaudit.gguf_values import QUANTISED, dequantised, spacing
 from projaudit.inert import clean
 from projaudit.quantised import Packed, dequantise
 from projaudit.readings import Reading, Readings
@@ -73,7 +75,7 @@ class Stored:
     sha256: str
     """Of the bytes read, hex."""
     tensor: torch.Tensor
-    """In its storage dtype, on the CPU."""
+    """In its storage dtype, on the CPU; fp32 where ggml quantised it."""
     step: torch.Tensor | None = None
     """How far apart the values lie that an entry can have, in its shape; None: those of a dtype."""
 
@@ -96,8 +98,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """The weights of a source, in every way that a loader may read them.
 
     Reads config.json, the index and the headers of the safetensors files and files of torch.save
-    in the root. Raises FormatError (`format.config`, `format.index`, `format.safetensors`,
-    `format.torch-zip`, `format.lfs-pointer`),
+    in the root, and those of the GGUF files there that are no text models. Raises FormatError
+    (`format.config`, `format.index`, `format.safetensors`, `format.torch-zip`, `format.gguf`,
+    `format.lfs-pointer`),
     NothingError (`nothing.weights`), UnsupportedError (`unsupported.format`,
     `unsupported.adapter`) where there are weights that projaudit does not read, and LimitError
     (`limit.shards`, `limit.tensors`, `limit.readings`).
@@ -112,15 +115,22 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if len(weights) + len(pickles) > MAX_SHARDS:
         raise LimitError(f"{len(weights) + len(pickles)} files, above {MAX_SHARDS}", "shards")
     ways = ways_to_read(source, redirect, hints, weights, pickles)
-    if not ways:
+    ggufs = _projector_ggufs(source, root)
+    if not ways and not ggufs:
         raise _nothing_to_read(source, root)
     readings = Readings(source, config, notes)
     for way in ways:
         readings.add_way(way)
+    used = {path for way in ways for path in way.files}
+    if readings.found:
+        readings.add_unread([*weights, *pickles], used)
+    for gguf in ggufs:
+        readings.add_gguf(gguf, beside=bool(ways))
     if not readings.found:
         raise NothingError("its weight files hold no tensors", "weights", file=clean(source.name))
-    used = {path for way in ways for path in way.files}
-    readings.add_unread([*weights, *pickles], used)
+    used.update(ggufs)
+    if not ways:  # then no loader takes another format than GGUF
+        used.update(path for path in root if path.endswith(".gguf"))
     readings.notes += _beside(source, root, used)
     return _checkpoint(source, config, readings)
 
@@ -131,7 +141,7 @@ def load_tensors(
     """The tensors of those infos by name, in storage dtype, with the sha256 of their bytes.
 
     `codes` are the names of those that may hold whole numbers. Raises UnsupportedError
-    (`unsupported.dtype`) for any other that is not floating point of 8 to 64 bits,
+    (`unsupported.dtype`) for any other that is neither floating point of 8 to 64 bits nor ggml's,
     LimitError (`limit.tensor-size`) above 4 GiB, both before anything is read; ValueError for two
     infos of one name; and what the source raises.
     """
@@ -151,7 +161,7 @@ def load_tensors(
         check_frames(wanted, spans[len(wanted) :], path)
         for info, data in zip(wanted, spans, strict=False):
             digest = hashlib.sha256(data).hexdigest()
-            stored[info.name] = Stored(info, digest, _as_tensor(info, data))
+            stored[info.name] = Stored(info, digest, *_as_tensor(info, data))
     return stored
 
 
@@ -203,7 +213,7 @@ def _check_size(weight: Packed) -> None:
 
 def _check_loadable(info: TensorInfo, dtypes: Mapping[str, str]) -> None:
     where = {"file": clean(info.file), "field": clean(info.name)}
-    if info.dtype not in dtypes:
+    if info.dtype not in dtypes and info.dtype not in QUANTISED:
         says = f"dtype {info.dtype} is not audited"
         if info.dtype[0] in "IU":
             says = f"holds whole numbers ({info.dtype}), and nothing beside it says their scale"
@@ -213,36 +223,65 @@ def _check_loadable(info: TensorInfo, dtypes: Mapping[str, str]) -> None:
             **where,
             remedy=f"save the projector as one of {', '.join(_TORCH_DTYPES)}",
         )
-    if info.nbytes > TENSOR_LIMIT:
-        raise LimitError(f"{info.nbytes} bytes, above {TENSOR_LIMIT}", "tensor-size", **where)
+    values = 4 * info.numel if info.dtype in QUANTISED else 0
+    if max(info.nbytes, values) > TENSOR_LIMIT:
+        size = max(info.nbytes, values)
+        raise LimitError(f"{size} bytes, above {TENSOR_LIMIT}", "tensor-size", **where)
 
 
-def _as_tensor(info: TensorInfo, data: bytes) -> torch.Tensor:
+def _as_tensor(info: TensorInfo, data: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The values, and the step that they were rounded with where the dtype does not say it."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _CODE_DTYPES[info.dtype])
-    if not data:
-        return torch.empty(info.shape, dtype=dtype)
-    # A copy, as torch wants memory that may be written to.
-    flat = torch.frombuffer(bytearray(data), dtype=dtype)
-    if info.strides is not None:
-        return flat.as_strided(info.shape, info.strides).contiguous()
-    return flat.reshape(info.shape)
+    step = None
+    if info.dtype in QUANTISED:
+        tensor, step = dequantised(data, info.dtype, info.shape)
+    else:
+        dtype: torch.dtype = getattr(torch, _CODE_DTYPES[info.dtype])
+        # A copy, as torch wants memory that may be written to.
+        raw = (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        )
+        if data and info.strides is not None:
+            tensor = raw.as_strided(info.shape, info.strides).contiguous()
+        else:
+            tensor = raw.reshape(info.shape)
+    if info.added:
+        step = spacing(tensor) if step is None else step
+        tensor = (tensor.double() - info.added).float()
+    return tensor, step
+
+
+def _projector_ggufs(source: Source, root: Sequence[str]) -> list[str]:
+    """The GGUF files that may be projectors, the largest first, as it is the least rounded.
+
+    What is named as one, or does not say that it is a text model: the headers of those are long.
+    """
+    found = [
+        path
+        for path in root
+        if path.endswith(".gguf")
+        and ("mmproj" in path.lower() or architecture(source, path) in (None, "clip"))
+    ]
+    return sorted(found, key=lambda path: (-source.files[path].size, path))
 
 
 def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambiguity]:
     """The ambiguities of weights that are not read here."""
+    subfolders = [
+        path
+        for path in source.files
+        if "/" in path
+        and path not in used
+        and (path.endswith(".safetensors") or (path.endswith(".gguf") and "mmproj" in path.lower()))
+    ]
     found = {
-        "gguf-beside": [p for p in root if p.endswith(".gguf")],
+        "gguf-beside": [p for p in root if p.endswith(".gguf") and p not in used],
         "adapter-beside": [p for p in root if is_adapter(p)],
-        "unread-subfolder": [
-            path
-            for path in source.files
-            if "/" in path and path.endswith(".safetensors") and path not in used
-        ],
+        "unread-subfolder": subfolders,
     }
     says = {
-        "gguf-beside": "GGUF weights, which llama.cpp takes; not read",
+        "gguf-beside": "GGUF weights of a text model, which llama.cpp takes; not read",
         "adapter-beside": "an adapter, which transformers applies where peft is installed "
         "(from a Hub: to the base that the adapter names); not read",
         "unread-subfolder": "weights in a subfolder, loaded if it is asked for; not read",
@@ -256,6 +295,13 @@ def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambigui
 
 def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | UnsupportedError:
     ggufs = [path for path in root if path.endswith(".gguf")]
+    if ggufs and all(architecture(source, path) for path in ggufs):
+        return NothingError(
+            "its GGUF files are text models, without a projector",
+            "projector",
+            file=clean(source.name),
+            remedy="name a folder or file with the mmproj that goes with them",
+        )
     if ggufs:
         return _not_read(source.name, ggufs[0])
     if any(is_adapter(path) for path in root):
@@ -279,14 +325,15 @@ def _open_file(source: Source) -> Checkpoint:
     path = next(iter(source.files))
     head = source.read(path, 0, min(source.files[path].size, 64))
     refuse_lfs_pointer(head, path)
-    if head.startswith(b"GGUF") or path.endswith(".gguf"):
-        raise _not_read(source.name, path)
     if path.endswith(".json"):
         raise UnsupportedError(
             "is no weight file", "format", file=clean(path), remedy="name its folder"
         )
     readings = Readings(source, None)
-    readings.add_way(Way("main", "the file as named", (path,)))
+    if head.startswith(MAGIC) or path.endswith(".gguf"):
+        readings.add_gguf(path, beside=False)
+    else:
+        readings.add_way(Way("main", "the file as named", (path,)))
     if not readings.found:
         raise NothingError("holds no tensors", "weights", file=clean(path))
     return _checkpoint(source, None, readings)

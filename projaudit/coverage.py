@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from projaudit.checkpoint import Checkpoint, check_places
+from projaudit.clip_keys import changed_from_config, changed_keys
 from projaudit.errors import FormatError
+from projaudit.gguf_values import QUANTISED
 from projaudit.inert import clean
 from projaudit.report import Coverage, Part, PartStatus
 from projaudit.safetensors_header import TensorInfo
@@ -80,6 +82,7 @@ _VISION = {
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder",
     "audio_tower", "audio_model", "image_tower", "video_tower",
 }  # fmt: skip
+_GGUF_TOWERS = {"v", "a"}
 _LANGUAGE = {"language_model", "lm_head", "embed_tokens", "layers", "norm", "text_model"}
 
 
@@ -114,7 +117,12 @@ def compare(
     parts = [
         _part(part, here, gone, states) for part in ("vision tower", "language model", "other")
     ]
-    if not here and there:
+    if (target.readings[0].metadata is None) != (base.readings[0].metadata is None):
+        # A GGUF file names, splits and rounds an encoder's tensors in ways of its own.
+        how = f"{len(here)} tensors of another format than the base's were not compared"
+        parts = [Part("rest of the model", "not-looked-at", how, max(len(here), 1), 0)]
+        here, gone = {}, {}
+    elif not here and there:
         how = "the target holds nothing but the projector"
         parts = [Part("rest of the model", "not-looked-at", how, len(there), 0)]
         gone = {}
@@ -131,8 +139,8 @@ def compare(
         files_unknown=tuple(unknown),
         files_added=tuple(sorted(set(target.source.files) - set(base.source.files))),
         files_removed=tuple(sorted(set(base.source.files) - set(target.source.files))),
-        config_compared=target.config is not None and base.config is not None,
-        config_changes=tuple(_config_changes(target, base)),
+        config_compared=_says(target) is not None and _says(base) is not None,
+        config_changes=tuple(dict.fromkeys(_config_changes(target, base))),
         tensors_added=tuple(sorted(here[n].name for n in here.keys() - there.keys())),
         tensors_removed=tuple(sorted(info.name for info in gone.values())),
     )
@@ -156,7 +164,7 @@ def _at_hand(source: Source, tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _part_of(name: str) -> str:
     segments = name.split(".")
-    if any(s in _VISION for s in segments[:3]):
+    if any(s in _VISION for s in segments[:3]) or segments[0] in _GGUF_TOWERS:
         return "vision tower"
     if any(s in _LANGUAGE for s in segments[:2]):
         return "language model"
@@ -172,6 +180,9 @@ def _tensor_state(
     whole: bool,
     rng: random.Random,
 ) -> PartStatus:
+    dtypes = {info.dtype, other.dtype}
+    if info.shape == other.shape and len(dtypes) > 1 and dtypes & QUANTISED:
+        return "not-looked-at"
     if (info.dtype, info.shape) != (other.dtype, other.shape):
         return "differs"
     digest = target.files[info.file].sha256
@@ -277,7 +288,30 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\x00" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
+def _says(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What says what a loader makes of the weights: the GGUF file itself, else config.json."""
+    metadata = checkpoint.readings[0].metadata
+    return checkpoint.config if metadata is None else metadata
+
+
 def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
+    for reading in target.readings:
+        if reading.metadata is None:
+            continue
+        theirs = base.readings[0].metadata
+        if theirs is not None:
+            yield from changed_keys(reading.metadata, theirs)
+        else:
+            images = _image_processor(base.source) or {}
+            yield from changed_from_config(reading.metadata, base.config or {}, images)
+    if target.readings[0].metadata is None and base.readings[0].metadata is not None:
+        images = _image_processor(target.source) or {}
+        yield from changed_from_config(base.readings[0].metadata, target.config or {}, images)
+    if target.readings[0].metadata is None and base.readings[0].metadata is None:
+        yield from _changed_configs(target, base)
+
+
+def _changed_configs(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
     ours, theirs = target.config, base.config
     if ours is not None and theirs is not None:
         yield from _changed_keys("", ours, theirs, _CONFIG)

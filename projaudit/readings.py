@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from projaudit.errors import FormatError, LimitError, UnsupportedError
+from projaudit.gguf_header import read_gguf_header
 from projaudit.inert import clean
+from projaudit.mmproj import added, projector_types
 from projaudit.quantised import Packed, find
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
@@ -39,6 +41,8 @@ class Reading:
     """Quantised weights by name, each made of several of the tensors."""
     unread: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     """Tensors of a quantised weight that is not read -> (its name, why)."""
+    metadata: Mapping[str, str] | None = None
+    """What a GGUF file says of itself, and names its tensors by; None where it is none."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -165,6 +169,22 @@ class Readings:
                 names = tuple(sorted(copies)[:_NAMED])
                 self.notes.append(Ambiguity(kind, why, tuple(group), names))
 
+    def add_gguf(self, path: str, *, beside: bool) -> None:
+        """Adds the projector file that llama.cpp reads besides the weights, or alone."""
+        header = self.headers[path] = read_gguf_header(self._source, path)
+        numbers = added(header.metadata)
+        tensors = {
+            name: replace(info, added=numbers.get(name, 0.0))
+            for name, info in header.tensors.items()
+        }
+        types = ", ".join(clean(kind, 40) for kind in projector_types(header.metadata))
+        why = f"{clean(path, 80)}, which llama.cpp takes for a projector of type {types}"
+        for name, number in numbers.items():
+            if name in tensors:
+                why += f"; the converter added {number:g} to {name}, taken off here"
+        if self._add(f"gguf-{len(self.found) + 1}", why, tensors, header.metadata) and beside:
+            self.notes.append(Ambiguity("gguf-beside", why, (path,)))
+
     def note_odd_names(self) -> None:
         """Notes the tensors whose name may pass for another."""
         places = [(name, info.file) for r in self.found for name, info in r.tensors.items()]
@@ -176,7 +196,13 @@ class Readings:
             line, named = f"{_count(names)} {says}", tuple(names[:_NAMED])
             self.notes.append(Ambiguity("confusable-names", line, tuple(files), named))
 
-    def _add(self, label: str, why: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    def _add(
+        self,
+        label: str,
+        why: str,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+    ) -> bool:
         """Whether that reading has tensors and reads other bytes than those found before."""
         places = {name: self._place(info) for name, info in tensors.items()}
         if not places or places in self._seen:
@@ -189,9 +215,11 @@ class Readings:
                 remedy="remove the weight files that the model does not use",
             )
         self._seen.append(places)
-        quantised = find(tensors, self._config, self._bytes)
+        quantised = find(tensors if metadata is None else {}, self._config, self._bytes)
         label = "main" if not self.found else label
-        self.found.append(Reading(label, why, tensors, quantised.packed, quantised.unread))
+        self.found.append(
+            Reading(label, why, tensors, quantised.packed, quantised.unread, metadata)
+        )
         return True
 
     def _bytes(self, info: TensorInfo) -> bytes:

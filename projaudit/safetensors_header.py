@@ -76,7 +76,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """As safetensors spells it: `F32`, `BF16`, …"""
+    """As safetensors spells it: `F32`, `BF16`, …; of a GGUF file as ggml does: `Q8_0`, …"""
     shape: tuple[int, ...]
     file: str
     """Path of its file in the source."""
@@ -87,6 +87,8 @@ class TensorInfo:
     """Steps between neighbours, in elements, where they are not those of rows in order."""
     entry: Entry | None = field(default=None, repr=False)
     """Where the file is a zip: what its bytes are in, to be checked when they are read."""
+    added: float = 0.0
+    """What a converter added to every value, which is taken off where the tensor is loaded."""
 
     @property
     def nbytes(self) -> int:

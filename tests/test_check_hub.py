@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakehub import FakeHub, on
+from ggufs import mmproj, write
 from huggingface_hub import close_session, constants
 from models import CONFIG, llava, save, tuned
 
@@ -424,3 +425,32 @@ def test_a_quantised_model_is_asked_for_the_shape_of_few_layers(hub: FakeHub, tm
     assert report.verdict is Verdict.PASS
     assert {m.value for m in report.measurements if m.metric == "quantised"} == {1.0}
     assert len(hub.requests("cdn")) < 20
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said_in", ["card", "header"])
+def test_a_repository_of_gguf_files_against_the_model_they_were_made_from(
+    hub: FakeHub, tmp_path: Path, said_in: str
+):
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    keys: dict[str, object] = {"clip.projector_type": "mlp"}
+    if said_in == "card":
+        (folder / "README.md").write_text(card("org/base"))
+    else:
+        keys["general.base_model.0.repo_url"] = "https://huggingface.co/org/base"
+    write(folder / "mmproj-Q8_0.gguf", mmproj(TUNED), "Q8_0", keys=keys)
+    text_model = {f"blk.{i}.attn_q.weight": torch.ones(512, 512) for i in range(20)}
+    write(folder / "model-F16.gguf", text_model, "F16", architecture="llama", keys={"llama.x": 1})
+    hub.add("org/ggufs", folder)
+    report = projaudit.check("org/ggufs", seed=1)
+    assert report.base is not None
+    assert report.base.name == "org/base"
+    assert [p.reading.split(",")[0] for p in report.projectors] == ["main: mmproj-Q8_0.gguf"]
+    assert "base-unverified" in rules_of(report)
+    norms = [m.value for m in report.measurements if m.metric == "relative_norm"]
+    assert norms == pytest.approx([0.05, 0.05], rel=0.02)
+    # The headers of both files and the projector, twice: never the text model.
+    assert report.run.wire_bytes < 2 * PROJECTOR + 400_000

@@ -587,8 +587,8 @@ def test_nothing_that_can_be_read(
 @pytest.mark.parametrize(
     ("name", "data", "code"),
     [
-        ("model.gguf", b"GGUF\3\0\0\0", "unsupported.format"),
-        ("disguised.safetensors", b"GGUF\3\0\0\0", "unsupported.format"),
+        ("model.gguf", b"GGUF\3\0\0\0", "format.gguf"),
+        ("disguised.safetensors", b"GGUF\3\0\0\0", "format.gguf"),
         ("pytorch_model.bin", b"PK\3\4", "format.torch-zip"),
         ("x.pt", b"7z\xbc\xaf", "unsupported.format"),
         ("config.json", b"{}", "unsupported.format"),

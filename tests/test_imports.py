@@ -16,10 +16,10 @@ PACKAGE = Path(projaudit.__file__).parent
 LAYERS = [
     ["data", "inert", "errors", "findings", "evidence"],
     ["metrics", "strict", "report", "chain"],
-    ["source", "safetensors_header", "lanczos", "linalg", "rules", "position"],
+    ["source", "safetensors_header", "gguf_header", "lanczos", "linalg", "rules", "position"],
     ["torch_zip"],
-    ["hub", "weight_files", "projector", "policy", "quantised"],
-    ["remote", "readings", "explain"],
+    ["hub", "weight_files", "projector", "policy", "quantised", "gguf_values"],
+    ["remote", "mmproj", "clip_keys", "readings", "explain"],
     ["checkpoint"],
     ["align", "base", "coverage", "judge"],
     ["update", "formats"],
