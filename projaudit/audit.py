@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
-from projaudit.base import Candidate, candidates, lineage
+from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, read_adapter
+from projaudit.base import Candidate, candidates, lineage, named_by_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import code_of, compare
-from projaudit.errors import BaseError, NothingError, ProjauditError, UsageError
+from projaudit.errors import BaseError, NothingError, ProjauditError, UnsupportedError, UsageError
 from projaudit.evidence import Evidence
 from projaudit.explain import Explanation, explain
 from projaudit.findings import Location, Unevaluated
@@ -27,6 +28,7 @@ from projaudit.report import (
     Coverage,
     ErrorRecord,
     Identity,
+    Part,
     Policy,
     Provenance,
     Report,
@@ -224,13 +226,18 @@ def _audit(
     device = find_device(session.settings.device)
     with session.stage("open target"):
         source = session.source(target_ref)
-        target = open_checkpoint(source)
+        adapter = read_adapter(source)
+        target = _opened_target(session, source, adapter, base_ref, pins)
         found = [(reading, _projectors(reading, target)) for reading in target.readings]
         if not found[0][1]:
             raise _no_projector(target)
+        fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].tensors)
+        target = _noted(target, fitted)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
-    sides = _sides(target, found)
+    sides = _sides(target, found, fitted)
+    if fitted is not None and target.adapter is None:
+        sides += _elsewhere_applied(session, target, fitted.adapter, bases)
     measured = Measured()
     coverages = []
     if not bases:
@@ -240,15 +247,14 @@ def _audit(
             partner = _counterpart(side.projector, base)
             measure_projector(session, device, side, partner, directions, texts, measured)
         with session.stage("compare the rest"):
-            coverages.append(
-                compare(
-                    target,
-                    base.checkpoint,
-                    audited=frozenset(n for p in found[0][1] for n in p.tensors),
-                    audited_base=frozenset(n for p in base.projectors for n in p.tensors),
-                    seed=session.settings.seed,
-                )
+            coverage = compare(
+                target,
+                base.checkpoint,
+                audited=frozenset(n for p in found[0][1] for n in p.tensors),
+                audited_base=frozenset(n for p in base.projectors for n in p.tensors),
+                seed=session.settings.seed,
             )
+            coverages.append(_with_adapter(coverage, target, fitted))
         facts = _facts(target, base, coverages[-1], found[0][1])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
@@ -288,12 +294,110 @@ def _bases(
     """The bases, or why there is none where one is not required: behaviour can be heard alone."""
     with session.stage("open base"):
         try:
-            named = candidates(target.source, target.config, option=option, pins=pins)
+            config = target.config if target.adapter is None else None
+            named = candidates(target.origin, config, option=option, pins=pins)
         except BaseError as error:
             if required or error.code != "base.none":
                 raise
             return [], error.message
         return [_opened(session, candidate) for candidate in named], ""
+
+
+def _opened_target(
+    session: Session,
+    source: Source,
+    adapter: Adapter | None,
+    base: Ref | None,
+    pins: Mapping[str, str],
+) -> Checkpoint:
+    """The target's weights; of an adapter alone those of its base, as transformers loads them."""
+    try:
+        return open_checkpoint(source)
+    except UnsupportedError as error:
+        if adapter is None or error.code != "unsupported.adapter":
+            raise
+    named = candidates(source, None, option=base, pins=pins)[0]
+    whole = open_checkpoint(session.source(named.ref))
+    return replace(whole, readings=whole.readings[:1], ambiguities=(), adapter=source)
+
+
+def _noted(target: Checkpoint, fitted: Fit | None) -> Checkpoint:
+    """The target with what its adapter does in place of `not read`.
+
+    Raises NothingError where an adapter alone changes no projector.
+    """
+    if fitted is None:
+        return target
+    names = [name for p in _projectors(target.readings[0], target) for name in p.tensors]
+    changes, rest = fitted.changes(names), len(fitted.elsewhere)
+    does = "changes the projector" if changes else "changes nothing in the projector"
+    if target.adapter is not None:
+        if changes:
+            return target
+        raise NothingError(
+            f"the adapter {does}; its {rest} tensors change the rest of the model",
+            "adapter",
+            file=clean(target.origin.name),
+            remedy="there is nothing to audit in it; check the model that it is for",
+        )
+    says = f"an adapter, which transformers applies where peft is installed: it {does}"
+    return replace(
+        target,
+        ambiguities=tuple(
+            replace(note, message=f"{clean(note.files[0], 80)}: {says}")
+            if note.kind == "adapter-beside"
+            else note
+            for note in target.ambiguities
+        ),
+    )
+
+
+def _elsewhere_applied(
+    session: Session, target: Checkpoint, adapter: Adapter, bases: Sequence[_Base]
+) -> list[Side]:
+    """The adapter on the base that it names, which transformers loads in place of the weights
+    beside it: from a Hub, and from a folder without config.json."""
+    source = target.source
+    repo = named_by_adapter(adapter.config)
+    if (source.ref.kind == "local" and "config.json" in source.files) or repo is None:
+        return []
+    ref = repo.ref
+    opened = next((b for b in bases if b.asked.lower() == str(ref.repo).lower()), None)
+    base = opened or _opened(session, repo)
+    reading = base.checkpoint.readings[0]
+    fitted = fit(adapter, base.projectors, reading.tensors)
+    why = f"{_name(base.checkpoint.source)}, which the adapter names, and the adapter"
+    return [
+        Side(
+            replace(base.checkpoint, adapter=source),
+            replace(reading, label="adapter-on-base", why=why),
+            projector,
+            _name(source),
+            fitted,
+        )
+        for projector in base.projectors
+        if fitted.changes(projector.tensors)
+    ]
+
+
+def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
+    """The coverage, with what an adapter changes outside the projector."""
+    if fitted is None:
+        return coverage
+    tensors = fitted.adapter.tensors
+    there = [name for name in fitted.elsewhere if name in tensors]
+    parts = coverage.parts
+    if there:
+        how = f"{len(there)} tensors of the adapter change the rest of the model"
+        size = sum(tensors[name].nbytes for name in there)
+        named = tuple(sorted(there)[:20])
+        parts = (*parts, Part("adapter's others", "differs", how, len(there), size, named))
+    if target.adapter is None:
+        return replace(coverage, parts=parts)
+    # What was compared is the base with a base; these files are not the adapter's.
+    return replace(
+        coverage, parts=parts, files_equal=0, files_differing=(), files_unknown=(), files_added=()
+    )
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
@@ -321,9 +425,14 @@ def _no_projector(target: Checkpoint) -> NothingError:
 
 
 def _sides(
-    target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
+    target: Checkpoint,
+    found: Sequence[tuple[Reading, tuple[Projector, ...]]],
+    fitted: Fit | None,
 ) -> list[Side]:
-    """Every projector of every reading, but for readings that take the very bytes of the first."""
+    """Every projector of every reading, but for readings that take the very bytes of the first.
+
+    An adapter is a reading of its own, of the projectors that it changes; alone, the only one.
+    """
     from projaudit.measure import Side
 
     def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[str, int]]:
@@ -331,12 +440,23 @@ def _sides(
         return {(info.file, info.start) for info in infos}
 
     first = places(*found[0])
-    return [
-        Side(target, reading, projector, _name(target.source))
+    sides = [
+        Side(target, reading, projector, _name(target.origin))
         for number, (reading, projectors) in enumerate(found)
         if number == 0 or not places(reading, projectors) <= first
         for projector in projectors
     ]
+    if fitted is None:
+        return sides
+    on = "the weights beside it" if target.adapter is None else _name(target.source)
+    why = f"{WEIGHTS} ({clean(fitted.adapter.method, 20)}), merged into {on}"
+    reading = replace(found[0][0], label="adapter", why=why)
+    adapted = [
+        Side(target, reading, projector, _name(target.origin), fitted)
+        for projector in found[0][1]
+        if fitted.changes(projector.tensors)
+    ]
+    return [*(sides if target.adapter is None else ()), *adapted]
 
 
 def _opened(session: Session, candidate: Candidate) -> _Base:
@@ -397,17 +517,25 @@ def _facts(
         added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}
         missing += [theirs[role] for role in theirs.keys() - ours.keys()]
     return Facts(
-        target=_identity(target.source),
+        target=_identity(target.origin),
         base=_identity(base.checkpoint.source),
         provenance=base.provenance,
         asked_base=base.asked,
         circular=base.circular,
         coverage=coverage,
         checkpoint=target,
-        code=code_of(target),
+        code=_code(target),
         added=sorted(added),
         missing=sorted(missing),
     )
+
+
+def _code(target: Checkpoint) -> tuple[str, ...]:
+    """What remote code would run; an adapter's beside its base's."""
+    if target.adapter is None:
+        return code_of(target)
+    own = code_of(replace(target, source=target.adapter, config=None))
+    return (*code_of(target), *own)
 
 
 def _identity(source: Source) -> Identity:
@@ -452,7 +580,7 @@ def _report(
 ) -> Report:
     from projaudit.analyses import METRICS
 
-    source, measured, settings = audit.target.source, audit.measured, session.settings
+    source, measured, settings = audit.target.origin, audit.measured, session.settings
     digests = {t.sha256 for t in measured.tensors if t.side == "target"}
     findings, unevaluated, outcomes = judge(
         ruleset,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from projaudit.adapters import Applied, Fit, apply, widened
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
 from projaudit.checkpoint import Checkpoint, Stored, load_tensors
 from projaudit.errors import UsageError
@@ -50,17 +51,23 @@ class Side:
     projector: Projector
     name: str
     """Of the repository, with its commit where there is one."""
+    fit: Fit | None = None
+    """Of the adapter that is merged into what the checkpoint holds."""
 
     @property
     def source(self) -> Source:
         """Where its bytes are."""
         return self.checkpoint.source
 
-    def load(self) -> dict[str, Stored]:
-        """Its tensors by name, as stored."""
-        return load_tensors(
-            self.source, [self.reading.tensors[name] for name in self.projector.tensors]
-        )
+    def load(self) -> Mapping[str, Stored]:
+        """Its tensors by name, as stored, or with the adapter merged into them."""
+        return self.applied().tensors
+
+    def applied(self) -> Applied:
+        """Its tensors, and what an adapter has brought to them."""
+        infos = [self.reading.tensors[name] for name in self.projector.tensors]
+        stored = load_tensors(self.source, infos)
+        return Applied(stored) if self.fit is None else apply(self.fit, stored)
 
 
 def measure_projector(
@@ -93,23 +100,26 @@ def measure_projector(
     number = len(into.projectors) + 1
     subject = "projector" if number == 1 else f"projector@{number}"
     with session.stage("read projector"):
-        ours, theirs = target.load(), base.load()
-    into.tensors += _tensors_read("target", subject, target, ours)
-    into.tensors += _tensors_read("base", subject, base, theirs)
+        applied, theirs = target.applied(), base.load()
+    ours = applied.tensors
+    into.tensors += _tensors_read("target", subject, target, applied)
+    into.tensors += _tensors_read("base", subject, base, Applied(theirs))
     into.projectors.append(_audited(subject, target, base))
     with session.stage("pair"):
         update = pair(
             target.projector,
             base.projector,
             {name: stored.tensor for name, stored in ours.items()},
-            {name: stored.tensor for name, stored in theirs.items()},
+            # An adapter is not rounded to what the base is stored in: `adapters.apply`.
+            {n: widened(s.tensor) if target.fit else s.tensor for n, s in theirs.items()},
             subject=subject,
             device=device,
             rank=settings.rank,
             generator=torch.Generator().manual_seed(settings.seed + number),
             embedding_rows=lambda: embedding_pair(base.checkpoint, target.checkpoint, device),
+            factors=_factors(applied, theirs, target.projector, base.projector),
         )
-    del ours, theirs
+    del applied, ours, theirs
     for layer in update.layers:
         into.ask(session, "layer", layer.subject, layer)
         into.series += spectral.series(layer)
@@ -131,7 +141,7 @@ def measure_projector(
 def read_projector(session: Session, target: Side, into: Measured) -> None:
     """Adds to `into` the bytes of a projector that there is no base to compare with."""
     with session.stage("read projector"):
-        into.tensors += _tensors_read("target", "projector", target, target.load())
+        into.tensors += _tensors_read("target", "projector", target, target.applied())
 
 
 def _check_rank(settings: Settings, projector: Projector) -> None:
@@ -144,8 +154,22 @@ def _check_rank(settings: Settings, projector: Projector) -> None:
         )
 
 
+def _factors(
+    applied: Applied, theirs: Mapping[str, Stored], target: Projector, base: Projector
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Role -> factors of the layers to whose base the adapter adds them, by the base's digest."""
+    partners = {layer.role: layer.weight for layer in base.linears}
+    return {
+        layer.role: applied.factors[layer.weight]
+        for layer in target.linears
+        if layer.weight in applied.factors
+        and layer.role in partners
+        and applied.tensors[layer.weight].sha256 == theirs[partners[layer.role]].sha256
+    }
+
+
 def _tensors_read(
-    side: Literal["target", "base"], subject: str, of: Side, stored: Mapping[str, Stored]
+    side: Literal["target", "base"], subject: str, of: Side, applied: Applied
 ) -> list[TensorRead]:
     roles = {
         name: f"{layer.role}.{leaf}"
@@ -153,23 +177,28 @@ def _tensors_read(
         for leaf, name in (("weight", layer.weight), ("bias", layer.bias))
         if name
     } | {name: role for role, name in of.projector.vectors.items()}
-    verified = getattr(of.source, "verified", {})
+    read = [(name, of.source, stored) for name, stored in applied.tensors.items()]
+    if of.fit is not None:
+        adapter = of.fit.adapter.source
+        # The base's own bytes stand on its side.
+        own = [] if of.checkpoint.adapter is not None else read
+        read = own + [(name, adapter, stored) for name, stored in applied.read]
     return [
         TensorRead(
             side=side,
             projector=subject,
             role=roles[name],
-            name=name,
+            name=item.info.name,
             file=item.info.file,
             start=item.info.start,
             stop=item.info.stop,
             dtype=item.info.dtype,
             shape=item.info.shape,
             sha256=item.sha256,
-            file_sha256=of.source.files[item.info.file].sha256,
-            verified=verified.get(item.info.file, "local"),
+            file_sha256=source.files[item.info.file].sha256,
+            verified=getattr(source, "verified", {}).get(item.info.file, "local"),
         )
-        for name, item in stored.items()
+        for name, source, item in read
     ]
 
 

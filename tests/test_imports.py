@@ -20,7 +20,7 @@ LAYERS = [
     ["hub", "weight_files", "projector", "policy"],
     ["readings", "explain"],
     ["checkpoint"],
-    ["align", "base", "coverage", "judge"],
+    ["adapters", "align", "base", "coverage", "judge"],
     ["update", "formats"],
     ["analyses", "targets"],
     ["measure", "session"],
