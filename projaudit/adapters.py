@@ -81,7 +81,7 @@ class Part:
     """The adapter's tensors by what peft calls them: `lora_A.weight`, …"""
     scale: float = 1.0
     bare: bool = False
-    """A `target_parameters` entry: a parameter that is no layer's weight."""
+    """Of `target_parameters`, where peft rounds ΔW to the base's dtype first."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ def merged(weight: Tensor, part: Part, leaves: Mapping[str, Tensor]) -> Tensor:
     wide = widened(weight)
     if part.method == "ia3":
         return (wide * found["ia3_l"]).to(weight.dtype)
-    total = wide + _delta(part, found, weight)
+    delta = _delta(part, found)
+    total = wide + (delta.to(weight.dtype) if part.bare else delta)
     if part.method == "dora":
         norm = torch.linalg.vector_norm(total, dim=1)
         total = (found["lora_magnitude_vector"] / norm).view(-1, 1) * total
@@ -276,15 +277,14 @@ def factors_of(part: Part, leaves: Mapping[str, Tensor]) -> Factors | None:
     return None
 
 
-def _delta(part: Part, found: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+def _delta(part: Part, found: Mapping[str, Tensor]) -> Tensor:
     import torch
 
     def product(stem: str) -> Tensor:
         return found[stem] if stem in found else found[f"{stem}_a"] @ found[f"{stem}_b"]
 
     if part.method in ("lora", "dora"):
-        delta = found["lora_B.weight"] @ found["lora_A.weight"] * part.scale
-        return delta.to(weight.dtype) if part.bare else delta
+        return found["lora_B.weight"] @ found["lora_A.weight"] * part.scale
     if part.method == "adalora":
         return found["lora_B"] @ (found["lora_A"] * found["lora_E"]) * part.scale
     if part.method == "loha":
@@ -312,10 +312,11 @@ def _part(
 ) -> Part:
     """The part of one module, checked against the base's shapes and the adapter's config."""
     any_key = next(iter(keys.values()))
-    weight = ours.get(f"{module}.weight")
-    bare = weight is None
+    targeted = _targeted(adapter, path, module, ours)
+    weight = ours.get(f"{module}.weight", targeted)
     if weight is None:
-        weight = _targeted(adapter, path, module, ours, any_key)
+        raise _not_merged(adapter, any_key, "adapts a module without a weight of its own")
+    bare = weight == targeted
     shape = tensors[weight].shape
     if len(shape) != 2:
         raise _not_merged(adapter, any_key, f"adapts weights of shape {list(shape)}")
@@ -329,18 +330,15 @@ def _part(
     return Part(method, weight, bias, leaves, scale, bare)
 
 
-def _targeted(adapter: Adapter, path: str, module: str, ours: Mapping[str, str], key: str) -> str:
+def _targeted(adapter: Adapter, path: str, module: str, ours: Mapping[str, str]) -> str | None:
     """The parameter of a module that `target_parameters` names, by peft's rule: a dotted tail."""
-    named = _texts(adapter.config, "target_parameters")
     found = {
         ours[f"{module}.{leaf}"]
-        for name in named
+        for name in _texts(adapter.config, "target_parameters")
         for parent, _, leaf in [name.rpartition(".")]
         if f"{module}.{leaf}" in ours and _is_tail(_canonical(parent), _canonical(path))
     }
-    if len(found) != 1:
-        raise _not_merged(adapter, key, "adapts a module without a weight of its own")
-    return found.pop()
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_tail(tail: str, path: str) -> bool:
@@ -588,16 +586,16 @@ def _texts(config: Mapping[str, object], key: str) -> list[str]:
 
 def _rank(config: Mapping[str, object], path: str, key: str, default: int) -> int:
     found = _by_pattern(config, "rank_pattern", path)
-    return _count(config, key, default) if found is None else _as_count(found, "rank_pattern")
+    return _as_count(found[0], "rank_pattern") if found else _count(config, key, default)
 
 
 def _alpha(config: Mapping[str, object], path: str, key: str, default: float) -> float:
     found = _by_pattern(config, "alpha_pattern", path)
-    return _number(config, key, default) if found is None else _as_number(found, "alpha_pattern")
+    return _as_number(found[0], "alpha_pattern") if found else _number(config, key, default)
 
 
-def _by_pattern(config: Mapping[str, object], key: str, path: str) -> object | None:
-    """What the first key of a pattern that matches a module's path says, None where none does.
+def _by_pattern(config: Mapping[str, object], key: str, path: str) -> tuple[object, ...]:
+    """What the first key of a pattern that matches a module's path says; () where none does.
 
     As `peft.utils.other.get_pattern_key`. The path is that of the adapter's transformers, which
     may or may not have had `model.` in front: both have to give the same.
@@ -605,12 +603,12 @@ def _by_pattern(config: Mapping[str, object], key: str, path: str) -> object | N
     patterns = config.get(key) or {}
     assert isinstance(patterns, dict)
     if not patterns:
-        return None
+        return ()
     short = path.removeprefix("model.")
     answers = []
     for spelled in dict.fromkeys((path, short, f"model.{short}")):
         hit = next((p for p in patterns if _matches(p, spelled, key)), None)
-        answers.append(None if hit is None else patterns[hit])
+        answers.append(() if hit is None else (patterns[hit],))
     if any(answer != answers[0] for answer in answers):
         raise UnsupportedError(
             f"says two things of {clean(path)}, by how it is spelled",

@@ -23,6 +23,7 @@ from projaudit.source import open_local, parse_ref
 from tests.models import CONFIG, P, llava, save
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of what it is asked for
 
 LINEARS = ["linear_1", "linear_2"]
 BASE = llava(0)
@@ -125,7 +126,7 @@ METHODS = {
     "bias-all": lambda: peft.LoraConfig(r=4, bias="all", target_modules=["linear_1"]),
     "patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=16, target_modules=LINEARS,
-        rank_pattern={"linear_1": 2, r".*linear_\d": 8}, alpha_pattern={"projector.linear_2": 3},
+        rank_pattern={"linear_1": 2, r"multi.*_2": 8}, alpha_pattern={"projector.linear_2": 3},
     ),
     "saved": lambda: peft.LoraConfig(
         r=4, target_modules=["up_proj"], modules_to_save=["multi_modal_projector"]
@@ -154,7 +155,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: adapter(place / name, make()) for name, make in METHODS.items()}
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_is_what_peft_merges(written: dict[str, Path], method: str) -> None:
     expected = by_peft(written[method])
@@ -167,7 +167,6 @@ def test_merged_is_what_peft_merges(written: dict[str, Path], method: str) -> No
     assert changed, "the control: peft did change something"
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", [name for name in METHODS if "saved" not in name])
 def test_merged_rounds_as_peft_does_in_bfloat16(written: dict[str, Path], method: str) -> None:
     expected = by_peft(written[method], torch.bfloat16)
@@ -182,3 +181,456 @@ def test_merged_rounds_as_peft_does_in_bfloat16(written: dict[str, Path], method
         assert same > 0.999, f"{part.weight}: {same}"
         assert torch.allclose(ours.float(), expected[part.weight].float(), rtol=2**-7, atol=1e-6)
     assert found.parts
+
+
+# --- where its tensors go -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("model.multi_modal_projector", "multi_modal_projector"),  # before transformers 4.52
+        ("base_model.model.", ""),
+        ("lora_A.weight", "lora_A.default.weight"),
+        ("multi_modal_projector.linear_1", "mm_projector.0"),  # LLaVA's own names
+    ],
+)
+def test_every_generations_names_lead_to_the_same_tensors(
+    tmp_path: Path, written: dict[str, Path], old: str, new: str
+) -> None:
+    folder = copied(written["lora"], tmp_path)
+    rename(folder, old, new)
+    found, _ = fitted(folder)
+    assert sorted(part.weight for part in found.parts) == [f"{P}{n}.weight" for n in LINEARS]
+    assert not found.elsewhere
+
+
+def copied(folder: Path, place: Path) -> Path:
+    target = place / folder.name
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+QWEN = {
+    "visual.merger.ln_q.weight": torch.ones(32),
+    "visual.merger.ln_q.bias": torch.zeros(32),
+    "visual.merger.mlp.0.weight": torch.randn(128, 128),
+    "visual.merger.mlp.0.bias": torch.zeros(128),
+    "visual.merger.mlp.2.weight": torch.randn(64, 128),
+    "visual.merger.mlp.2.bias": torch.zeros(64),
+    "visual.blocks.0.mlp.fc1.weight": torch.randn(64, 32),
+    "model.embed_tokens.weight": torch.randn(100, 64),
+    "model.layers.0.self_attn.q_proj.weight": torch.randn(64, 64),
+    "lm_head.weight": torch.randn(100, 64),
+}
+QWEN_CONFIG = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": 64,
+    "vision_config": {"hidden_size": 64, "embed_dim": 32},
+}
+
+
+def qwen_fit(tmp_path: Path, modules: dict[str, tuple[int, int]], **config: object):
+    tensors = {}
+    for module, (out, into) in modules.items():
+        tensors[f"{module}.lora_A.weight"] = torch.randn(2, into)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(out, 2)
+    folder = handmade(tmp_path / "a", tensors, **config)
+    source = open_local(parse_ref(str(save(tmp_path / "b", QWEN, config=QWEN_CONFIG))))
+    reading = open_checkpoint(source).readings[0]
+    projectors = locate({n: i.shape for n, i in reading.tensors.items()}, QWEN_CONFIG)
+    found = read_adapter(open_local(parse_ref(str(folder))))
+    assert found is not None and projectors
+    return fit(found, projectors, reading.tensors)
+
+
+def handmade(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    whole = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/base"}
+    (folder / "adapter_config.json").write_text(json.dumps({**whole, **config}))
+    return folder
+
+
+def test_the_mergers_of_qwen_under_both_names_and_its_language_model(tmp_path: Path) -> None:
+    modules = {
+        "base_model.model.model.visual.merger.mlp.0": (128, 128),
+        "base_model.model.visual.merger.mlp.2": (64, 128),
+        "base_model.model.model.language_model.layers.0.self_attn.q_proj": (64, 64),
+        "base_model.model.model.visual.blocks.0.mlp.fc1": (64, 32),
+        "base_model.model.lm_head": (100, 64),
+    }
+    found = qwen_fit(tmp_path, modules)
+    weights = {"visual.merger.mlp.0.weight", "visual.merger.mlp.2.weight"}
+    assert {part.weight for part in found.parts} == weights
+    assert len(found.elsewhere) == 6
+    assert found.changes(weights) and not found.changes({"lm_head.weight"})
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "base_model.model.model.visual.merger.mlp.7",  # in the projector, and not in this base
+        "base_model.model.model.visual.merger",
+        "base_model.model.somewhere.else",  # nowhere: it may be anything
+    ],
+)
+def test_what_may_be_the_projectors_and_has_no_place_is_refused(
+    tmp_path: Path, module: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="not merged here") as caught:
+        qwen_fit(tmp_path, {module: (64, 128)})
+    assert caught.value.code == "unsupported.adapter"
+
+
+def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
+    names = ("base_model.model.visual.merger.mlp.2", "base_model.model.model.visual.merger.mlp.2")
+    with pytest.raises(FormatError, match="one module"):
+        qwen_fit(tmp_path, dict.fromkeys(names, (64, 128)))
+
+
+def test_a_bare_transposed_matrix_of_target_parameters(tmp_path: Path) -> None:
+    class Gemma(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Module()
+            self.model.multi_modal_projector = nn.Module()
+            matrix = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+            self.model.multi_modal_projector.mm_input_projection_weight = nn.Parameter(matrix)
+            self.model.multi_modal_projector.mm_soft_emb_norm = nn.LayerNorm(48, bias=False)
+
+    name = "multi_modal_projector.mm_input_projection_weight"
+    base = {n: t.detach().clone() for n, t in Gemma().state_dict().items()}
+    rest = {n: t for n, t in llava(0).items() if not n.startswith(P)}
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=[name])
+    folder = adapter(tmp_path / "a", config, base=Gemma())
+    config = {**CONFIG, "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    source = open_local(parse_ref(str(save(tmp_path / "b", {**base, **rest}, config=config))))
+    reading = open_checkpoint(source).readings[0]
+    projectors = locate({n: i.shape for n, i in reading.tensors.items()}, config)
+    found = read_adapter(open_local(parse_ref(str(folder))))
+    assert found is not None
+    infos = [reading.tensors[n] for p in projectors for n in p.tensors]
+    ours = apply(fit(found, projectors, reading.tensors), load_tensors(source, infos)).tensors
+    model = peft.PeftModel.from_pretrained(Gemma(), str(folder)).merge_and_unload()
+    expected = model.state_dict()[f"model.{name}"]
+    assert torch.allclose(ours[f"model.{name}"].tensor, expected, atol=1e-6)
+    assert not torch.equal(expected, base[f"model.{name}"])
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"r": 0}, "format.adapter", "no positive whole number"),
+        ({"r": True}, "format.adapter", "no positive whole number"),
+        ({"r": 2.0}, "format.adapter", "no positive whole number"),
+        ({"r": 10**9}, "limit.rank", "above"),
+        ({"r": 8}, "format.adapter", "shape"),
+        ({"lora_alpha": "16"}, "format.adapter", "no number"),
+        ({"lora_alpha": 10**400}, "format.adapter", "401 digits"),
+        ({"use_dora": True}, "format.adapter", "contradicts"),
+        ({"use_dora": "yes"}, "format.adapter", "neither true nor false"),
+        ({"lora_bias": True}, "format.adapter", "contradicts"),
+        ({"bias": "some"}, "format.adapter", "none of none"),
+        ({"rank_pattern": []}, None, ""),  # empty, whatever it is
+        ({"rank_pattern": [1]}, "format.adapter", "no object"),
+        ({"rank_pattern": {"linear_1": -4}}, "format.adapter", "no positive"),
+        ({"rank_pattern": {"linear_1": 2}}, "format.adapter", "shape"),
+        ({"alpha_pattern": {"linear_1": None}}, "format.adapter", "no number"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "unsupported.adapter", "expression"),
+        ({"alpha_pattern": {"(a|aa)*b": 4}}, "unsupported.adapter", "expression"),
+        ({"alpha_pattern": {"^model.*1": 4}}, "unsupported.adapter", "by how it is spelled"),
+        ({"target_parameters": "x"}, "format.adapter", "no list"),
+        ({"peft_type": None}, "format.adapter", "names no method"),
+        ({"peft_type": ["LORA"]}, "format.adapter", "names no method"),
+        ({"peft_type": "XLORA"}, "unsupported.adapter", "not merged"),
+        ({"peft_type": "OFT"}, "unsupported.adapter", "OFT"),
+        ({"peft_type": "\x1b[2Jevil"}, "unsupported.adapter", "not merged"),
+        ({"init_lora_weights": "pissa"}, "unsupported.adapter", "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "unsupported.adapter", "pissa"),
+        ({"alora_invocation_tokens": [1]}, "unsupported.adapter", "alora"),
+        ({"use_qalora": True}, "unsupported.adapter", "use_qalora"),
+        ({"some_future_key": {"a": 1}, "lora_dropout": 0.1}, None, ""),
+        ({"init_lora_weights": "gaussian"}, None, ""),
+    ],
+)
+def test_configs_that_are_wrong_contradictory_or_of_other_methods(
+    tmp_path: Path, written: dict[str, Path], changes: dict, code: str | None, says: str
+) -> None:
+    folder = copied(written["lora"], tmp_path)
+    edit(folder, **changes)
+    if code is None:
+        assert fitted(folder)[0].parts
+        return
+    with pytest.raises(ProjauditError, match=says) as caught:
+        fitted(folder)
+    assert caught.value.code == code
+    assert "\x1b" not in str(caught.value)
+    assert isinstance(caught.value, (FormatError, UnsupportedError, LimitError))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA", "lora_alpha": NaN}'])
+def test_a_config_that_is_no_config(tmp_path: Path, written: dict[str, Path], text: str) -> None:
+    folder = copied(written["lora"], tmp_path)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(FormatError) as caught:
+        fitted(folder)
+    assert caught.value.code == "format.adapter"
+
+
+def test_weights_beside_an_adapter_of_the_same_layer_are_refused(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    folder = copied(written["lora"], tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "base_model.model.model." + P + "linear_1.weight": torch.ones(64, 48)},
+              file)  # fmt: skip
+    with pytest.raises(UnsupportedError, match="also adds to"):
+        fitted(folder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "same"),
+    [
+        ("linear_1", "model.multi_modal_projector.linear_1", True),
+        ("inear_1", "model.multi_modal_projector.linear_1", False),
+        ("multi_modal_projector.linear_1", "model.multi_modal_projectorXlinear_1", True),
+        (r"multi_modal_projector\.linear_1", "model.multi_modal_projectorXlinear_1", False),
+        (r"linear_\d", "a.linear_1", True),
+        (r"linear_[12]", "a.linear_3", False),
+        (r".*linear_(1|2)", "a.b.linear_2", True),
+        (r"^a.linear_1", "a.linear_1", True),
+    ],
+)
+def test_patterns_match_as_in_peft(pattern: str, path: str, same: bool) -> None:
+    from peft.utils.other import get_pattern_key
+
+    assert _matches(pattern, path, "rank_pattern") is same
+    assert (get_pattern_key([pattern], path) == pattern) is same
+
+
+def test_no_pattern_takes_long(tmp_path: Path, written: dict[str, Path]) -> None:
+    folder = copied(written["lora"], tmp_path)
+    patterns = {f"{'a.' * 90}{i}": 4 for i in range(19_000)}
+    edit(folder, rank_pattern={**patterns, r"[a-z]*\d?[ab]?" + "x" * 100: 4})
+    start = time.perf_counter()
+    assert fitted(folder)[0].parts
+    assert time.perf_counter() - start < 5
+
+
+# --- the spectrum from its factors ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "n", "r", "k"), [(64, 48, 4, 32), (48, 64, 1, 8), (600, 520, 40, 8)])
+def test_a_products_spectrum_is_that_of_the_dense_matrix(m: int, n: int, r: int, k: int) -> None:
+    g = torch.Generator().manual_seed(r)
+    left, right = torch.randn(m, r, generator=g), torch.randn(r, n, generator=g)
+    right[: r // 2] *= 10
+    exact = spectrum_of_product(left, right, k, generator=g)
+    dense = spectrum((left.double() @ right.double()), k, generator=g)
+    top = min(r, k)
+    assert torch.allclose(exact.values, dense.values, rtol=1e-6, atol=1e-5 * float(dense.values[0]))
+    for name in ("frobenius", "excess_energy", "effective_rank"):
+        assert getattr(exact, name) == pytest.approx(getattr(dense, name), rel=1e-4), name
+    assert exact.above_edge == dense.above_edge
+    assert exact.complete and exact.exact
+    eye = torch.eye(k)
+    assert torch.allclose(exact.left.T @ exact.left, eye, atol=1e-5)
+    assert torch.allclose(exact.right.T @ exact.right, eye, atol=1e-5)
+    rebuilt = exact.left[:, :top] * exact.values[:top].float() @ exact.right[:, :top].T
+    best = dense.left[:, :top] * dense.values[:top] @ dense.right[:, :top].T
+    assert torch.allclose(rebuilt.double(), best, atol=1e-3 * float(dense.values[0]))
+
+
+def test_factors_that_lose_a_rank_and_those_that_are_nothing() -> None:
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, 4, generator=g), torch.randn(4, 48, generator=g)
+    left[:, 3] = left[:, 0]
+    found = spectrum_of_product(left, right, 8, generator=g)
+    assert found.above_edge == 3
+    assert torch.allclose(found.left.T @ found.left, torch.eye(8), atol=1e-5)
+    with pytest.raises(ValueError, match="zero"):
+        spectrum_of_product(left, right * 0, 8, generator=g)
+    with pytest.raises(ValueError, match="factors"):
+        spectrum_of_product(left * torch.nan, right, 8, generator=g)
+
+
+# --- as its user ----------------------------------------------------------------------------------
+
+
+def numbers(report) -> dict[tuple[str, str], float]:
+    return {(m.metric, m.subject): m.value for m in report.measurements}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "saved", "lokr"])
+def test_an_adapter_measures_as_the_model_that_peft_merged_it_into(
+    tmp_path: Path, written: dict[str, Path], method: str
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    changed = {n: t for n, t in by_peft(written[method]).items() if n.startswith(P)}
+    whole = save(tmp_path / "whole", {**BASE, **changed})
+    reports = [
+        projaudit.check(str(t), str(base), seed=1, depth="weights") for t in (written[method], whole)
+    ]
+    alone, other = (numbers(report) for report in reports)
+    rest = {"rest_differs"}  # which the merged model here was left without
+    assert {key for key in alone if key[0] not in rest} == {
+        key for key in other if key[0] not in rest
+    }
+    # Rounding of W + ΔW to fp32 is all that the dense update has more: vectors of value 0 differ.
+    for key, value in other.items():
+        if key[0] not in rest:
+            assert alone[key] == pytest.approx(value, rel=2e-3, abs=1e-4), key
+    assert reports[0].verdict is reports[1].verdict is Verdict.PASS
+
+
+def test_the_report_says_which_bytes_of_which_repository(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    report = projaudit.check(str(written["lora"]), str(base), seed=1, depth="weights")
+    assert report.target.name == str(written["lora"])
+    assert report.base is not None and report.base.name == str(base)
+    assert report.projectors[0].reading.startswith("adapter: adapter_model.safetensors (LORA)")
+    target = [t for t in report.tensors if t.side == "target"]
+    assert {t.file for t in target} == {"adapter_model.safetensors"}
+    assert {t.role for t in target} == {"linear_1.weight", "linear_2.weight"}
+    assert {t.file for t in report.tensors if t.side == "base"} == {"model.safetensors"}
+
+
+def test_the_rest_of_the_model_is_said_to_change(tmp_path: Path, written: dict[str, Path]) -> None:
+    base = save(tmp_path / "base", BASE)
+    report = projaudit.check(str(written["saved"]), str(base), seed=1, depth="weights")
+    part = report.coverage.parts[-1]
+    assert (part.status, part.tensors) == ("differs", 2)
+    assert all("up_proj" in name for name in part.differing)
+    assert numbers(report)["rest_differs", "checkpoint"] == 2
+    control = projaudit.check(str(written["lora"]), str(base), seed=1, depth="weights")
+    assert "adapter's others" not in {p.name for p in control.coverage.parts}
+
+
+def test_an_adapter_that_touches_no_projector_is_no_pass(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"])
+    folder = adapter(tmp_path / "a", config)
+    base = save(tmp_path / "base", BASE)
+    with pytest.raises(ProjauditError, match="changes nothing in the projector; its 2 tensors") as e:
+        projaudit.check(str(folder), str(base), depth="weights")
+    assert (e.value.code, e.value.exit_code) == ("nothing.adapter", 3)
+
+
+def beside(folder: Path, base: dict, adapter_folder: Path) -> Path:
+    save(folder, base)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((adapter_folder / name).read_bytes())
+    return folder
+
+
+def test_an_adapter_beside_full_weights_is_a_reading_of_its_own(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    both = beside(tmp_path / "both", BASE, written["lora"])
+    report = projaudit.check(str(both), str(base), seed=1, depth="weights")
+    assert [p.reading.split(":")[0] for p in report.projectors] == ["main", "adapter"]
+    assert report.verdict is not Verdict.PASS
+    assert "ambiguous-sources" in {finding.rule for finding in report.findings}
+    values = numbers(report)
+    alone = numbers(projaudit.check(str(written["lora"]), str(base), seed=1, depth="weights"))
+    for metric in ("relative_norm", "leading_singular_value", "stable_rank"):
+        assert values[metric, "projector@2/linear_1"] == pytest.approx(
+            alone[metric, "projector/linear_1"], rel=1e-3
+        )
+    assert values["relative_norm", "projector/linear_1"] == 0
+    messages = [m for f in report.findings for m in (f.message,)]
+    assert any("where peft is installed" in message for message in messages)
+
+
+def test_transformers_applies_an_adapter_beside_full_weights(tmp_path: Path) -> None:
+    """What the reading stands for: `from_pretrained` of such a folder, with peft installed."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **sizes, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14, "projection_dim": 16},
+        text_config={"model_type": "llama", **sizes, "num_attention_heads": 2, "vocab_size": 40,
+                     "num_key_value_heads": 2},
+        image_token_index=39,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    base = tmp_path / "base"
+    model.save_pretrained(str(base))
+    folder = adapter(
+        tmp_path / "a",
+        peft.LoraConfig(r=2, target_modules=LINEARS),
+        base=copy.deepcopy(model),
+    )
+    both = tmp_path / "both"
+    model.save_pretrained(str(both))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (both / name).write_bytes((folder / name).read_bytes())
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(str(both))
+    names = [name for name, _ in loaded.named_parameters()]
+    assert any("linear_1.lora_A" in name for name in names)
+
+    merged_model = peft.PeftModel.from_pretrained(
+        transformers.LlavaForConditionalGeneration.from_pretrained(str(base)), str(folder)
+    ).merge_and_unload()
+    merged_model.save_pretrained(str(tmp_path / "merged"))
+    expected = projaudit.check(str(tmp_path / "merged"), str(base), seed=1, depth="weights")
+    report = projaudit.check(str(both), str(base), seed=1, depth="weights")
+    ours, theirs = numbers(report), numbers(expected)
+    for metric in ("relative_norm", "leading_singular_value", "effective_rank"):
+        for role in LINEARS:
+            assert ours[metric, f"projector@2/{role}"] == pytest.approx(
+                theirs[metric, f"projector/{role}"], rel=1e-3
+            )
+
+
+@pytest.mark.parametrize("files", [["adapter_model.bin"], ["adapter_model-00001-of-2.safetensors"]])
+def test_an_adapter_stored_in_another_way_is_a_clear_line(
+    tmp_path: Path, written: dict[str, Path], files: list[str]
+) -> None:
+    folder = copied(written["lora"], tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(UnsupportedError, match=r"is no adapter_model.safetensors") as caught:
+        projaudit.check(str(folder), str(save(tmp_path / "base", BASE)))
+    assert caught.value.code == "unsupported.adapter"
+
+
+def test_lora_names_in_a_base_checkpoint_are_no_adapter(tmp_path: Path) -> None:
+    more = {
+        "language_model.model.layers.0.mlp.up_proj.lora_A.vision.weight": torch.randn(4, 64),
+        "language_model.model.layers.0.attention.wo.Plora_A.weight": torch.randn(4, 64),
+    }
+    base = save(tmp_path / "base", {**BASE, **more})
+    assert read_adapter(open_local(parse_ref(str(base)))) is None
+    report = projaudit.check(str(base), str(base), seed=1, depth="weights")
+    assert [p.reading.split(":")[0] for p in report.projectors] == ["main"]
+
+
+def test_an_update_that_bfloat16_would_round_away_is_measured(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", peft.LoraConfig(r=2, target_modules=LINEARS), size=1e-3)
+    base = save(tmp_path / "base", BASE, dtype=torch.bfloat16)
+    values = numbers(projaudit.check(str(folder), str(base), seed=1, depth="weights"))
+    assert values["relative_norm", "projector/linear_1"] > 0
+    assert values["values_above_edge", "projector/linear_1"] == 2
+
+
+def test_a_factor_that_overflows_is_a_finding_and_no_crash(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    folder = copied(written["lora"], tmp_path)
+    edit(folder, lora_alpha=1e300)
+    report = projaudit.check(str(folder), str(save(tmp_path / "base", BASE)), seed=1)
+    assert report.verdict is Verdict.FAIL
