@@ -13,7 +13,7 @@ from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, read_adapter
 from projaudit.base import Candidate, candidates, lineage, named_by_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
-from projaudit.coverage import code_of, compare
+from projaudit.coverage import changed_by, code_of, compare
 from projaudit.errors import BaseError, NothingError, ProjauditError, UnsupportedError, UsageError
 from projaudit.evidence import Evidence
 from projaudit.explain import Explanation, explain
@@ -28,7 +28,6 @@ from projaudit.report import (
     Coverage,
     ErrorRecord,
     Identity,
-    Part,
     Policy,
     Provenance,
     Report,
@@ -38,6 +37,7 @@ from projaudit.report import (
 )
 from projaudit.session import Progress, Session, environment, find_device, settle
 from projaudit.source import Ref, Source, parse_ref
+from projaudit.weight_files import Ambiguity
 
 if TYPE_CHECKING:
     import torch
@@ -237,7 +237,11 @@ def _audit(
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
     sides = _sides(target, found, fitted)
     if fitted is not None and target.adapter is None:
-        sides += _elsewhere_applied(session, target, fitted.adapter, bases)
+        more, unread = _on_named_base(session, target, fitted.adapter, bases)
+        sides += more
+        if unread:
+            note = Ambiguity("adapter-beside", clean(unread, 300), ("adapter_config.json",))
+            target = replace(target, ambiguities=(*target.ambiguities, note))
     measured = Measured()
     coverages = []
     if not bases:
@@ -352,22 +356,34 @@ def _noted(target: Checkpoint, fitted: Fit | None) -> Checkpoint:
     )
 
 
-def _elsewhere_applied(
+def _on_named_base(
     session: Session, target: Checkpoint, adapter: Adapter, bases: Sequence[_Base]
-) -> list[Side]:
+) -> tuple[list[Side], str]:
     """The adapter on the base that it names, which transformers loads in place of the weights
-    beside it: from a Hub, and from a folder without config.json."""
+    beside it: from a Hub, and from a folder without config.json. Or why that cannot be read."""
+    from projaudit.measure import Side
+
     source = target.source
-    repo = named_by_adapter(adapter.config)
-    if (source.ref.kind == "local" and "config.json" in source.files) or repo is None:
-        return []
-    ref = repo.ref
-    opened = next((b for b in bases if b.asked.lower() == str(ref.repo).lower()), None)
-    base = opened or _opened(session, repo)
+    named = named_by_adapter(adapter.config)
+    if (source.ref.kind == "local" and "config.json" in source.files) or named is None:
+        return [], ""
+    repo, revision = str(named.ref.repo), named.ref.revision
+    try:
+        base = next(
+            (
+                base
+                for base in bases
+                if base.asked.lower() == repo.lower()
+                and revision in (None, base.checkpoint.source.commit)
+            ),
+            None,
+        ) or _opened(session, named)
+    except ProjauditError as error:
+        return [], f"{repo}, on which transformers puts the adapter, was not read: {error}"
     reading = base.checkpoint.readings[0]
     fitted = fit(adapter, base.projectors, reading.tensors)
     why = f"{_name(base.checkpoint.source)}, which the adapter names, and the adapter"
-    return [
+    sides = [
         Side(
             replace(base.checkpoint, adapter=source),
             replace(reading, label="adapter-on-base", why=why),
@@ -378,26 +394,18 @@ def _elsewhere_applied(
         for projector in base.projectors
         if fitted.changes(projector.tensors)
     ]
+    return sides, ""
 
 
 def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
     """The coverage, with what an adapter changes outside the projector."""
     if fitted is None:
         return coverage
-    tensors = fitted.adapter.tensors
-    there = [name for name in fitted.elsewhere if name in tensors]
-    parts = coverage.parts
-    if there:
-        how = f"{len(there)} tensors of the adapter change the rest of the model"
-        size = sum(tensors[name].nbytes for name in there)
-        named = tuple(sorted(there)[:20])
-        parts = (*parts, Part("adapter's others", "differs", how, len(there), size, named))
+    coverage = changed_by(coverage, [fitted.adapter.tensors[name] for name in fitted.elsewhere])
     if target.adapter is None:
-        return replace(coverage, parts=parts)
+        return coverage
     # What was compared is the base with a base; these files are not the adapter's.
-    return replace(
-        coverage, parts=parts, files_equal=0, files_differing=(), files_unknown=(), files_added=()
-    )
+    return replace(coverage, files_equal=0, files_differing=(), files_unknown=(), files_added=())
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:

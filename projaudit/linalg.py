@@ -306,10 +306,11 @@ def spectrum_of_product(left: Tensor, right: Tensor, k: int, *, generator: Gener
     least = min(m, n)
     if not (1 <= k <= least and r <= least and left.isfinite().all() and right.isfinite().all()):
         raise ValueError(f"{k=}, factors of {tuple(left.shape)} and {tuple(right.shape)}")
-    pad = max(k - r, 0)
+    # One draw of the passed generator, as `spectrum` takes: what is drawn later is the same.
+    keyed, pad = _keyed(generator, left), max(k - r, 0)
     bases, cores = [], []
     for factor in (left, right.T):
-        noise = torch.randn(len(factor), pad, generator=generator, dtype=torch.float64)
+        noise = torch.randn(len(factor), pad, generator=keyed, dtype=torch.float64)
         q, core = torch.linalg.qr(torch.cat([factor.double(), noise.to(factor.device)], dim=1))
         bases.append(q)
         cores.append(core[:r, :r])
