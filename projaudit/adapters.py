@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
 MAX_RANK = 8192
 """Rank of one module's factors; no honest adapter has a tenth of it."""
 MAX_PATTERNS = 20_000
@@ -114,25 +113,15 @@ class Applied:
 
 
 def read_adapter(source: Source) -> Adapter | None:
-    """The adapter of a repository, None where it brings none that peft would load.
+    """The adapter of a repository, None where it brings none that is read here.
 
-    Reads adapter_config.json and the header of adapter_model.safetensors. Raises FormatError
-    `format.adapter` for a config that contradicts itself or is none, UnsupportedError
-    (`unsupported.adapter`) for an adapter that is stored in another way.
+    Reads adapter_config.json and the header of adapter_model.safetensors, which peft takes before
+    adapter_model.bin. Raises FormatError (`format.adapter`) for a config that contradicts itself or
+    is none, and what reading the header raises.
     """
-    if CONFIG not in source.files:
+    if CONFIG not in source.files or WEIGHTS not in source.files:
+        # The place for a reader of pickles: `tensors` of adapter_model.bin by name.
         return None
-    if WEIGHTS not in source.files:
-        stored = [path for path in source.files if path.startswith("adapter_model")]
-        if not stored:
-            return None
-        # The place for a reader of pickles: tensors by name, as the header gives them.
-        raise UnsupportedError(
-            f"{clean(stored[0], 80)} is no {WEIGHTS}",
-            "adapter",
-            file=clean(source.name),
-            remedy="load the adapter with peft and save it again; projaudit never unpickles",
-        )
     config = load_json(source.read_small(CONFIG, 10 << 20), file=CONFIG, kind="adapter")
     if not isinstance(config, dict):
         raise _wrong("is no JSON object")
@@ -141,6 +130,20 @@ def read_adapter(source: Source) -> Adapter | None:
         raise _wrong("names no method", "peft_type")
     _check_types(config)
     return Adapter(source, method.upper(), config, read_header(source, WEIGHTS).tensors)
+
+
+def not_read(source: Source) -> UnsupportedError:
+    """Why the adapter of a repository is not read."""
+    stored = [path for path in source.files if path.startswith("adapter_model")]
+    config = "" if CONFIG in source.files else f" and no {CONFIG}"
+    return UnsupportedError(
+        f"holds {clean(stored[0], 80) if stored else CONFIG}, no {WEIGHTS}{config}"
+        if WEIGHTS not in stored
+        else f"holds {WEIGHTS}{config}",
+        "adapter",
+        file=clean(source.name),
+        remedy="load it with peft and save it as safetensors; projaudit never unpickles",
+    )
 
 
 def fit(

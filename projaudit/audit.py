@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
-from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, read_adapter
+from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, not_read, read_adapter
 from projaudit.base import Candidate, candidates, lineage, named_by_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
@@ -318,8 +318,10 @@ def _opened_target(
     try:
         return open_checkpoint(source)
     except UnsupportedError as error:
-        if adapter is None or error.code != "unsupported.adapter":
+        if error.code != "unsupported.adapter":
             raise
+        if adapter is None:
+            raise not_read(source) from None
     named = candidates(source, None, option=base, pins=pins)[0]
     whole = open_checkpoint(session.source(named.ref))
     return replace(whole, readings=whole.readings[:1], ambiguities=(), adapter=source)

@@ -177,7 +177,7 @@ def _is_pickle(path: str) -> bool:
 
 
 def _is_adapter(path: str) -> bool:
-    return path.startswith(("adapter_config.json", "adapter_model."))
+    return path.startswith(("adapter_config.json", "adapter_model.", "adapter_model-"))
 
 
 def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | UnsupportedError:

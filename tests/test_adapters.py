@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import CONFIG, P, llava, save
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -604,17 +608,74 @@ def test_transformers_applies_an_adapter_beside_full_weights(tmp_path: Path) -> 
             )
 
 
-@pytest.mark.parametrize("files", [["adapter_model.bin"], ["adapter_model-00001-of-2.safetensors"]])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model-00001-of-2.safetensors"])
 def test_an_adapter_stored_in_another_way_is_a_clear_line(
-    tmp_path: Path, written: dict[str, Path], files: list[str]
+    tmp_path: Path, written: dict[str, Path], name: str
 ) -> None:
     folder = copied(written["lora"], tmp_path)
-    (folder / "adapter_model.safetensors").unlink()
-    for name in files:
-        (folder / name).write_bytes(b"x")
-    with pytest.raises(UnsupportedError, match=r"is no adapter_model.safetensors") as caught:
-        projaudit.check(str(folder), str(save(tmp_path / "base", BASE)))
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    base = save(tmp_path / "base", BASE)
+    with pytest.raises(UnsupportedError) as caught:
+        projaudit.check(str(folder), str(base))
+    assert (caught.value.code, caught.value.exit_code) == ("unsupported.adapter", 3)
+    assert name in str(caught.value)
+
+
+def test_an_adapter_in_a_pickle_beside_weights_is_no_pass(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    both = beside(tmp_path / "both", BASE, written["lora"])
+    (both / "adapter_model.safetensors").rename(both / "adapter_model.bin")
+    report = projaudit.check(str(both), str(base), seed=1, depth="weights")
+    assert report.verdict is not Verdict.PASS
+    assert any("not read" in f.message for f in report.findings)
+
+
+def test_a_whole_model_saved_with_its_wrappers_is_no_pass(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    """A PeftModel's own state dict as model.safetensors, without alpha anywhere."""
+    base = save(tmp_path / "base", BASE)
+    model = peft.PeftModel.from_pretrained(Model(), str(written["lora"]))
+    whole = save(tmp_path / "whole", {n: t.detach() for n, t in model.state_dict().items()})
+    with pytest.raises(UnsupportedError) as caught:
+        projaudit.check(str(whole), str(base), seed=1, depth="weights")
     assert caught.value.code == "unsupported.adapter"
+
+
+def test_an_adapter_is_not_run(tmp_path: Path, written: dict[str, Path]) -> None:
+    base = save(tmp_path / "base", BASE)
+    report = projaudit.check(str(written["lora"]), str(base), seed=1, depth="behaviour")
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "adapter" in report.not_probed
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "bias",
+             "lora_bias", "init_lora_weights", "target_parameters", "peft_type", "use_qalora"]
+        ),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner),
+            max_leaves=5,
+        ),
+    )
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_config_is_fitted_or_refused(written: dict[str, Path], changes: dict) -> None:
+    folder = written["lora"].parent / "any"
+    if not folder.exists():
+        folder.mkdir()
+        name = "adapter_model.safetensors"
+        (folder / name).write_bytes((written["lora"] / name).read_bytes())
+    known = json.loads((written["lora"] / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **changes}))
+    with suppress(FormatError, UnsupportedError, LimitError):
+        found, _ = fitted(folder)
+        assert all(math.isfinite(part.scale) for part in found.parts)
 
 
 def test_lora_names_in_a_base_checkpoint_are_no_adapter(tmp_path: Path) -> None:
