@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
-from projaudit.base import Candidate, candidates, lineage
+from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, not_read, read_adapter
+from projaudit.base import Candidate, candidates, lineage, named_by_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
-from projaudit.coverage import code_of, compare
+from projaudit.coverage import changed_by, code_of, compare
 from projaudit.errors import (
     BaseError,
     FormatError,
@@ -239,7 +240,8 @@ def _audit(
     device = find_device(session.settings.device)
     with session.stage("open target"):
         source = session.source(target_ref)
-        target = open_checkpoint(source)
+        adapter = read_adapter(source)
+        target = _opened_target(session, source, adapter, base_ref, pins)
         found = [(target.readings[0], _projectors(target.readings[0], target))]
         found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
         first = next((i for i, pair in enumerate(found) if pair[1] and _counts(i, pair[0])), None)
@@ -247,9 +249,17 @@ def _audit(
             raise _no_projector(target)
         found.insert(0, found.pop(first))
         target = _settled(target, found)
+        fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].tensors)
+        target = _noted(target, fitted)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
-    target, sides = _sides(target, found)
+    target, sides = _sides(target, found, fitted)
+    if fitted is not None and target.adapter is None:
+        more, unread = _on_named_base(session, target, fitted.adapter, bases)
+        sides += more
+        if unread:
+            note = Ambiguity("adapter-beside", clean(unread, 300), ("adapter_config.json",))
+            target = replace(target, ambiguities=(*target.ambiguities, note))
     measured = Measured()
     coverages = []
     if not bases:
@@ -259,15 +269,14 @@ def _audit(
             partner = _counterpart(side.projector, base)
             measure_projector(session, device, side, partner, directions, texts, measured)
         with session.stage("compare the rest"):
-            coverages.append(
-                compare(
-                    target,
-                    base.checkpoint,
-                    audited=_audited(*found[0]),
-                    audited_base=_audited(base.checkpoint.readings[0], base.projectors),
-                    seed=session.settings.seed,
-                )
+            coverage = compare(
+                target,
+                base.checkpoint,
+                audited=_audited(*found[0]),
+                audited_base=_audited(base.checkpoint.readings[0], base.projectors),
+                seed=session.settings.seed,
             )
+            coverages.append(_with_adapter(coverage, target, fitted))
         facts = _facts(target, base, coverages[-1], found[0][1])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
@@ -308,8 +317,8 @@ def _bases(
     with session.stage("open base"):
         try:
             named = candidates(
-                target.source,
-                target.config,
+                target.origin,
+                target.config if target.adapter is None else None,
                 option=option,
                 pins=pins,
                 metadata=target.readings[0].metadata,
@@ -324,6 +333,109 @@ def _bases(
 def _counts(number: int, reading: Reading) -> bool:
     """Whether a reading may be what is audited first: a projector may lie in a GGUF file alone."""
     return number == 0 or reading.metadata is not None
+
+
+def _opened_target(
+    session: Session,
+    source: Source,
+    adapter: Adapter | None,
+    base: Ref | None,
+    pins: Mapping[str, str],
+) -> Checkpoint:
+    """The target's weights; of an adapter alone those of its base, as transformers loads them."""
+    try:
+        return open_checkpoint(source)
+    except UnsupportedError as error:
+        if error.code != "unsupported.adapter":
+            raise
+        if adapter is None:
+            raise not_read(source) from None
+    named = candidates(source, None, option=base, pins=pins)[0]
+    whole = open_checkpoint(session.source(named.ref))
+    return replace(whole, readings=whole.readings[:1], ambiguities=(), adapter=source)
+
+
+def _noted(target: Checkpoint, fitted: Fit | None) -> Checkpoint:
+    """The target with what its adapter does in place of `not read`.
+
+    Raises NothingError where an adapter alone changes no projector.
+    """
+    if fitted is None:
+        return target
+    names = [name for p in _projectors(target.readings[0], target) for name in p.tensors]
+    changes, rest = fitted.changes(names), len(fitted.elsewhere)
+    does = "changes the projector" if changes else "changes nothing in the projector"
+    if target.adapter is not None:
+        if changes:
+            return target
+        raise NothingError(
+            f"the adapter {does}; its {rest} tensors change the rest of the model",
+            "adapter",
+            file=clean(target.origin.name),
+            remedy="there is nothing to audit in it; check the model that it is for",
+        )
+    says = f"an adapter, which transformers applies where peft is installed: it {does}"
+    return replace(
+        target,
+        ambiguities=tuple(
+            replace(note, message=f"{clean(note.files[0], 80)}: {says}")
+            if note.kind == "adapter-beside"
+            else note
+            for note in target.ambiguities
+        ),
+    )
+
+
+def _on_named_base(
+    session: Session, target: Checkpoint, adapter: Adapter, bases: Sequence[_Base]
+) -> tuple[list[Side], str]:
+    """The adapter on the base that it names, which transformers loads in place of the weights
+    beside it: from a Hub, and from a folder without config.json. Or why that cannot be read."""
+    from projaudit.measure import Side
+
+    source = target.source
+    named = named_by_adapter(adapter.config)
+    if (source.ref.kind == "local" and "config.json" in source.files) or named is None:
+        return [], ""
+    repo, revision = str(named.ref.repo), named.ref.revision
+    try:
+        base = next(
+            (
+                base
+                for base in bases
+                if base.asked.lower() == repo.lower()
+                and revision in (None, base.checkpoint.source.commit)
+            ),
+            None,
+        ) or _opened(session, named)
+    except ProjauditError as error:
+        return [], f"{repo}, on which transformers puts the adapter, was not read: {error}"
+    reading = base.checkpoint.readings[0]
+    fitted = fit(adapter, base.projectors, reading.tensors)
+    why = f"{_name(base.checkpoint.source)}, which the adapter names, and the adapter"
+    sides = [
+        Side(
+            replace(base.checkpoint, adapter=source),
+            replace(reading, label="adapter-on-base", why=why),
+            projector,
+            _name(source),
+            fitted,
+        )
+        for projector in base.projectors
+        if fitted.changes(projector.tensors)
+    ]
+    return sides, ""
+
+
+def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
+    """The coverage, with what an adapter changes outside the projector."""
+    if fitted is None:
+        return coverage
+    coverage = changed_by(coverage, [fitted.adapter.tensors[name] for name in fitted.elsewhere])
+    if target.adapter is None:
+        return coverage
+    # What was compared is the base with a base; these files are not the adapter's.
+    return replace(coverage, files_equal=0, files_differing=(), files_unknown=(), files_added=())
 
 
 def _projectors(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
@@ -367,10 +479,13 @@ def _no_projector(target: Checkpoint) -> NothingError:
 
 
 def _sides(
-    target: Checkpoint, found: Sequence[tuple[Reading, tuple[Projector, ...]]]
+    target: Checkpoint,
+    found: Sequence[tuple[Reading, tuple[Projector, ...]]],
+    fitted: Fit | None,
 ) -> tuple[Checkpoint, list[Side]]:
     """Every projector of every reading, but for readings that take the very bytes of the first.
 
+    An adapter is a reading of its own, of the projectors that it changes; alone, the only one.
     The target comes back with what that says of its ambiguities: which pickles hold the same
     projector, which hold one that cannot be compared, and which projector's tensors share memory.
     """
@@ -385,7 +500,7 @@ def _sides(
     notes = list(target.ambiguities)
     at = -1
     for number, (reading, projectors) in enumerate(found):
-        new = [Side(target, reading, projector, _name(target.source)) for projector in projectors]
+        new = [Side(target, reading, projector, _name(target.origin)) for projector in projectors]
         same = number > 0 and places(reading, projectors) <= first
         if number and _is_pickled(reading):
             # Readings and their notes come in one order; two cut names may read the same.
@@ -401,7 +516,27 @@ def _sides(
         if not same:
             sides += new
             notes += [shared for side in new if (shared := _sharing(side)) is not None]
-    return replace(target, ambiguities=tuple(notes)), sides
+    target = replace(target, ambiguities=tuple(notes))
+    if fitted is None:
+        return target, sides
+    adapted = _adapted(target, found[0], fitted)
+    return target, [*(sides if target.adapter is None else ()), *adapted]
+
+
+def _adapted(
+    target: Checkpoint, first: tuple[Reading, tuple[Projector, ...]], fitted: Fit
+) -> list[Side]:
+    """The projectors that an adapter changes, with it merged into them."""
+    from projaudit.measure import Side
+
+    on = "the weights beside it" if target.adapter is None else _name(target.source)
+    why = f"{WEIGHTS} ({clean(fitted.adapter.method, 20)}), merged into {on}"
+    reading = replace(first[0], label="adapter", why=why)
+    return [
+        Side(target, reading, projector, _name(target.origin), fitted)
+        for projector in first[1]
+        if fitted.changes(projector.tensors)
+    ]
 
 
 def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
@@ -521,17 +656,25 @@ def _facts(
         added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}
         missing += [theirs[role] for role in theirs.keys() - ours.keys()]
     return Facts(
-        target=_identity(target.source),
+        target=_identity(target.origin),
         base=_identity(base.checkpoint.source),
         provenance=base.provenance,
         asked_base=base.asked,
         circular=base.circular,
         coverage=coverage,
         checkpoint=target,
-        code=code_of(target),
+        code=_code(target),
         added=sorted(added),
         missing=sorted(missing),
     )
+
+
+def _code(target: Checkpoint) -> tuple[str, ...]:
+    """What remote code would run; an adapter's beside its base's."""
+    if target.adapter is None:
+        return code_of(target)
+    own = code_of(replace(target, source=target.adapter, config=None))
+    return (*code_of(target), *own)
 
 
 def _identity(source: Source) -> Identity:
@@ -576,7 +719,7 @@ def _report(
 ) -> Report:
     from projaudit.analyses import METRICS
 
-    source, measured, settings = audit.target.source, audit.measured, session.settings
+    source, measured, settings = audit.target.origin, audit.measured, session.settings
     digests = {t.sha256 for t in measured.tensors if t.side == "target"}
     findings, unevaluated, outcomes = judge(
         ruleset,

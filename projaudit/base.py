@@ -84,6 +84,21 @@ def candidates(
     )
 
 
+def named_by_adapter(config: Mapping[str, Any]) -> Candidate | None:
+    """The base that an adapter's config names; None where it is no Hub id, or none."""
+    repo = _repo_id(config.get("base_model_name_or_path"))
+    if repo is None:
+        return None
+    claim = Claim("adapter_config.json", repo)
+    ref = Ref(f"hf://{repo}", "hub", None, repo, _revision(config.get("revision")))
+    return Candidate(ref, Provenance(claim.source, False, (claim,)))
+
+
+def _revision(value: object) -> str | None:
+    ok = isinstance(value, str) and _REVISION.fullmatch(value) and ".." not in value
+    return str(value) if ok else None
+
+
 def _claims(
     target: Source, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
 ) -> tuple[list[tuple[Claim, str | None]], list[str]]:
@@ -97,8 +112,7 @@ def _claims(
             if isinstance(value, str) and value:
                 problems.append(f"{source} names {clean(value, 80)!r}, which is no Hub id")
             return
-        ok = isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
-        found.append((Claim(source, repo), str(revision) if ok else None))
+        found.append((Claim(source, repo), _revision(revision)))
 
     if "adapter_config.json" in target.files:
         data = target.read_small("adapter_config.json", _CONFIG_LIMIT)

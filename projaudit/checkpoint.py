@@ -65,6 +65,13 @@ class Checkpoint:
     ambiguities: tuple[Ambiguity, ...]
     headers: Mapping[str, Header] = field(repr=False)
     """By file, of every file whose header was read."""
+    adapter: Source | None = None
+    """The repository of an adapter alone, whose base all of the above is."""
+
+    @property
+    def origin(self) -> Source:
+        """The repository that it is the checkpoint of: an adapter's, where it is one."""
+        return self.adapter or self.source
 
 
 @dataclass(frozen=True)
@@ -309,7 +316,7 @@ def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | Unsu
             "holds an adapter without the model",
             "adapter",
             file=clean(source.name),
-            remedy="merge it into its base and audit the result",
+            remedy="it is read as a target only; merge it into its base and name the result",
         )
     return NothingError("holds no model weights", "weights", file=clean(source.name))
 

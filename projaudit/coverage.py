@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from projaudit.checkpoint import Checkpoint, check_places
@@ -243,6 +244,27 @@ def _part(
         bytes=_bytes([here[n] for n in names]),
         differing=tuple(differing[:_NAMED]),
     )
+
+
+def changed_by(coverage: Coverage, adapter: Sequence[TensorInfo]) -> Coverage:
+    """The coverage of a model whose rest those tensors of an adapter change."""
+    groups: dict[str, list[TensorInfo]] = {}
+    for info in adapter:
+        part = _part_of(canonical(info.name.removeprefix("base_model.model.")))
+        groups.setdefault(part if part != "other" else "other tensors", []).append(info)
+    parts = {part.name: part for part in coverage.parts}
+    for name, infos in groups.items():
+        known = parts.get(name, Part(name, "differs", "", 0, 0))
+        how = f"{len(infos)} tensors of the adapter change it"
+        parts[name] = replace(
+            known,
+            status="differs",
+            how=f"{how}; {known.how}" if known.status == "differs" and known.how else how,
+            tensors=known.tensors or len(infos),
+            bytes=known.bytes or _bytes(infos),
+            differing=(*sorted(info.name for info in infos), *known.differing)[:_NAMED],
+        )
+    return replace(coverage, parts=tuple(parts.values()))
 
 
 def _files(target: Source, base: Source) -> tuple[int, list[str], list[str]]:

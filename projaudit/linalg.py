@@ -67,7 +67,7 @@ class Spectrum:
     frobenius: float
     """‖A‖_F."""
     exact: bool
-    """Dense path: every singular value is known, not only the leading ones."""
+    """Dense path or factors: every singular value is known, not only the leading ones."""
     noise_edge: float
     """σ(√m + √n): the largest singular value of the flat bulk (Marchenko–Pastur)."""
     threshold: float
@@ -292,6 +292,60 @@ def leading(a: Tensor, k: int, *, generator: Generator) -> Triplets:
     block = min(BLOCK, least)
     depth = min(4, least // block)
     return block_krylov(a, min(k, block), block=block, depth=depth, generator=generator)
+
+
+def spectrum_of_product(left: Tensor, right: Tensor, k: int, *, generator: Generator) -> Spectrum:
+    """The spectrum of A = left · right (m × r, r × n, float32) without forming A, exactly.
+
+    QR of either factor leaves an r × r core whose SVD is A's; the other min(m, n) − r values are 0
+    and have random orthonormal vectors. In float64. What it says means the same as `spectrum` of
+    the dense A, of which it is the exact path. Raises ValueError for non-finite entries, a product
+    that is zero, r > min(m, n), k outside 1..min(m, n).
+    """
+    (m, r), n = left.shape, right.shape[1]
+    least = min(m, n)
+    if not (1 <= k <= least and r <= least and left.isfinite().all() and right.isfinite().all()):
+        raise ValueError(f"{k=}, factors of {tuple(left.shape)} and {tuple(right.shape)}")
+    # One draw of the passed generator, as `spectrum` takes: what is drawn later is the same.
+    keyed, pad = _keyed(generator, left), max(k - r, 0)
+    bases, cores = [], []
+    for factor in (left, right.T):
+        noise = torch.randn(len(factor), pad, generator=keyed, dtype=torch.float64)
+        q, core = torch.linalg.qr(torch.cat([factor.double(), noise.to(factor.device)], dim=1))
+        bases.append(q)
+        cores.append(core[:r, :r])
+    u, s, vh = torch.linalg.svd(cores[0] @ cores[1].T)
+    norm = float(s.norm())
+    if norm == 0:
+        raise ValueError("the product is zero")
+    turned = [
+        torch.cat([q[:, :r] @ turn, q[:, r:]], dim=1)[:, :k].to(left.dtype)
+        for q, turn in zip(bases, (u, vh.T), strict=True)
+    ]
+    u, v = fix_signs(turned[0], turned[1])
+    values = torch.zeros(least, dtype=torch.float64)
+    values[:r] = s.cpu()
+    ones = torch.ones_like(values)
+    sigma, threshold, above = _noise(values, 0.0, max(m, n), least)
+    edge = marchenko_pastur_edge(sigma, m, n)
+    return Spectrum(
+        values=values[:k],
+        left=u,
+        right=v,
+        residuals=torch.zeros(k, dtype=torch.float64),
+        missed=0.0,
+        frobenius=norm,
+        exact=True,
+        noise_edge=edge,
+        threshold=threshold,
+        above_edge=above,
+        complete=True,
+        excess_energy=float((values[:above].square() - edge**2).sum()) / norm**2,
+        effective_rank=entropy_rank(values, ones),
+        effective_rank_error=0.0,
+        nodes=values,
+        weights=ones,
+    )
 
 
 def _keyed(generator: Generator, a: Tensor) -> Generator:

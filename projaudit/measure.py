@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from projaudit.adapters import Applied, Fit, apply, widened
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
 from projaudit.checkpoint import Checkpoint, Weight, load_weights
 from projaudit.errors import UsageError
@@ -50,15 +51,22 @@ class Side:
     projector: Projector
     name: str
     """Of the repository, with its commit where there is one."""
+    fit: Fit | None = None
+    """Of the adapter that is merged into what the checkpoint holds."""
 
     @property
     def source(self) -> Source:
         """Where its bytes are."""
         return self.checkpoint.source
 
-    def load(self) -> dict[str, Weight]:
-        """Its weights by name."""
-        return load_weights(self.source, self.reading, self.projector.tensors)
+    def load(self) -> Mapping[str, Weight]:
+        """Its weights by name, with the adapter merged into them where there is one."""
+        return self.applied().weights
+
+    def applied(self) -> Applied:
+        """Its weights, and what an adapter has brought to them."""
+        weights = load_weights(self.source, self.reading, self.projector.tensors)
+        return Applied(weights) if self.fit is None else apply(self.fit, weights)
 
 
 def measure_projector(
@@ -91,26 +99,29 @@ def measure_projector(
     number = len(into.projectors) + 1
     subject = "projector" if number == 1 else f"projector@{number}"
     with session.stage("read projector"):
-        ours, theirs = target.load(), base.load()
-    into.tensors += _tensors_read("target", subject, target, ours)
-    into.tensors += _tensors_read("base", subject, base, theirs)
+        applied, theirs = target.applied(), base.load()
+    ours = applied.weights
+    into.tensors += _tensors_read("target", subject, target, applied)
+    into.tensors += _tensors_read("base", subject, base, Applied(theirs))
     into.projectors.append(_audited(subject, target, base))
     with session.stage("pair"):
         update = pair(
             target.projector,
             base.projector,
             {name: weight.tensor for name, weight in ours.items()},
-            {name: weight.tensor for name, weight in theirs.items()},
-            target_steps={n: w.step for n, w in ours.items() if w.step is not None},
-            base_steps={n: w.step for n, w in theirs.items() if w.step is not None},
+            # An adapter is not rounded to what the base is stored in: `adapters.apply`.
+            {n: widened(w.tensor) if target.fit else w.tensor for n, w in theirs.items()},
+            target_steps=_steps(ours, target),
+            base_steps=_steps(theirs, target),
             calibrated=any(weight.calibrated for weight in (*ours.values(), *theirs.values())),
             subject=subject,
             device=device,
             rank=settings.rank,
             generator=torch.Generator().manual_seed(settings.seed + number),
             embedding_rows=lambda: embedding_pair(base.checkpoint, target.checkpoint, device),
+            factors=_factors(applied, theirs, target.projector, base.projector),
         )
-    del ours, theirs
+    del applied, ours, theirs
     for layer in update.layers:
         into.ask(session, "layer", layer.subject, layer)
         into.series += spectral.series(layer)
@@ -132,7 +143,7 @@ def measure_projector(
 def read_projector(session: Session, target: Side, into: Measured) -> None:
     """Adds to `into` the bytes of a projector that there is no base to compare with."""
     with session.stage("read projector"):
-        into.tensors += _tensors_read("target", "projector", target, target.load())
+        into.tensors += _tensors_read("target", "projector", target, target.applied())
 
 
 def _check_rank(settings: Settings, projector: Projector) -> None:
@@ -145,8 +156,38 @@ def _check_rank(settings: Settings, projector: Projector) -> None:
         )
 
 
+def _factors(
+    applied: Applied, theirs: Mapping[str, Weight], target: Projector, base: Projector
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Role -> factors of the layers to whose base the adapter adds them, by the base's digest."""
+    partners = {layer.role: layer.weight for layer in base.linears}
+    found = {
+        layer: applied.factors[layer.weight]
+        for layer in target.linears
+        if layer.weight in applied.factors
+        and layer.layout != "unfold"
+        and layer.role in partners
+        and _digests(applied.weights[layer.weight]) == _digests(theirs[partners[layer.role]])
+    }
+    return {
+        layer.role: (right.T, left.T) if layer.layout == "transposed" else (left, right)
+        for layer, (left, right) in found.items()
+    }
+
+
+def _digests(weight: Weight) -> list[str]:
+    return [digest for _, digest in weight.parts]
+
+
+def _steps(weights: Mapping[str, Weight], target: Side) -> dict[str, torch.Tensor]:
+    """How far apart quantised values lie, by name; an adapter stands on values as they are."""
+    if target.fit is not None:
+        return {}
+    return {name: weight.step for name, weight in weights.items() if weight.step is not None}
+
+
 def _tensors_read(
-    side: Literal["target", "base"], subject: str, of: Side, weights: Mapping[str, Weight]
+    side: Literal["target", "base"], subject: str, of: Side, applied: Applied
 ) -> list[TensorRead]:
     roles = {
         name: f"{layer.role}.{leaf}"
@@ -154,7 +195,16 @@ def _tensors_read(
         for leaf, name in (("weight", layer.weight), ("bias", layer.bias))
         if name
     } | {name: role for role, name in of.projector.vectors.items()}
-    verified = getattr(of.source, "verified", {})
+    read = [
+        (name, of.source, info, digest)
+        for name, weight in applied.weights.items()
+        for info, digest in weight.parts
+    ]
+    if of.fit is not None:
+        adapter = of.fit.adapter.source
+        # The base's own bytes stand on its side.
+        own = [] if of.checkpoint.adapter is not None else read
+        read = own + [(name, adapter, s.info, s.sha256) for name, s in applied.read]
     return [
         TensorRead(
             side=side,
@@ -167,11 +217,10 @@ def _tensors_read(
             dtype=info.dtype,
             shape=info.shape,
             sha256=digest,
-            file_sha256=of.source.files[info.file].sha256,
-            verified=verified.get(info.file, "local"),
+            file_sha256=source.files[info.file].sha256,
+            verified=getattr(source, "verified", {}).get(info.file, "local"),
         )
-        for name, weight in weights.items()
-        for info, digest in weight.parts
+        for name, source, info, digest in read
     ]
 
 

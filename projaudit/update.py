@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from projaudit.chain import Hidden, affine_norms, hidden, linear_roles, parse
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.inert import clean
 from projaudit.lanczos import frobenius
-from projaudit.linalg import BLOCK, Spectrum, Triplets, leading, spectrum
+from projaudit.linalg import BLOCK, Spectrum, Triplets, leading, spectrum, spectrum_of_product
 from projaudit.projector import Projector
 
 # Explicit mantissa bits of each storage dtype, and the exponent below which its ulp is constant.
@@ -36,6 +37,16 @@ _EXPONENTS = 512  # binary exponents of float32, from −256 up
 
 EmbeddingRows = Callable[[], tuple[Tensor, Tensor] | None]
 """Gives the same embedding rows (n × d, fp32) of base and target, None where they have none."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW of one layer as a product (out × r, r × in), as an adapter of low rank gives it."""
+
+    left: Tensor
+    right: Tensor
+    ends: tuple[Tensor, Tensor]
+    """The very W0 and W1 whose difference it is: of no layer that was folded or aligned since."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class LayerUpdate:
     """Where the singular values of the rounding of quantised sides end, over ‖W0‖F."""
     calibrated: bool = False
     """Whether a side may hold other values than the nearest, so that its rounding is larger."""
+    factors: Factors | None = None
 
     @cached_property
     def delta(self) -> Tensor:
@@ -75,7 +87,10 @@ class LayerUpdate:
     @cached_property
     def spectrum(self) -> Spectrum:
         """Leading singular triplets of ΔW, its noise edge and norms."""
-        return spectrum(self.delta, min(self.rank, *self.delta.shape), generator=self.generator)
+        k, factors = min(self.rank, *self.before.shape), self.factors
+        if factors is not None and factors.ends[0] is self.before and factors.ends[1] is self.after:
+            return spectrum_of_product(factors.left, factors.right, k, generator=self.generator)
+        return spectrum(self.delta, k, generator=self.generator)
 
     @cached_property
     def leading_base(self) -> Triplets:
@@ -162,12 +177,14 @@ def pair(
     target_steps: Mapping[str, Tensor] | None = None,
     base_steps: Mapping[str, Tensor] | None = None,
     calibrated: bool = False,
+    factors: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
 ) -> ProjectorUpdate:
     """The update from base to target, layers paired by role whatever their names.
 
     Tensors come in their storage dtypes; those that were quantised in fp32, with the distance of
     the values that each entry can have as their steps, and `calibrated` where a quantiser chose
-    among them by more than their distance. Raises UnsupportedError where roles or
+    among them by more than their distance. `factors` (role -> out × r, r × in) are of layers whose
+    update is known to be that product. Raises UnsupportedError where roles or
     shapes differ, BaseError where the base is not finite or a layer of it is zero throughout.
     """
     roles = [layer.role for layer in target.linears]
@@ -237,6 +254,7 @@ def pair(
                 quantised=rounded.quantised,
                 rounding_edge=rounded.edge,
                 calibrated=calibrated,
+                factors=_factors(factors.get(layer.role), before, after),
             )
         )
     overflow = {
@@ -280,6 +298,17 @@ def pair(
         vectors=vectors,
         unchanged=unchanged,
     )
+
+
+def _factors(given: tuple[Tensor, Tensor] | None, before: Tensor, after: Tensor) -> Factors | None:
+    """Factors on the device of the layer; None where dense is as good, or all that works."""
+    if given is None or given[0].shape[1] > min(before.shape) or not (before != after).any():
+        return None
+    left, right = (factor.to(before.device, torch.float32) for factor in given)
+    peaks = _peak(left), _peak(right)
+    if not all(0 < peak < _GREATEST**0.25 for peak in peaks):
+        return None
+    return Factors(left, right, (before, after))
 
 
 def _same(before: Tensor, after: Tensor) -> bool:

@@ -108,7 +108,7 @@ def is_pickle(path: str) -> bool:
 
 def is_adapter(path: str) -> bool:
     """Whether a file in the root is part of an adapter."""
-    return path.startswith(("adapter_config.json", "adapter_model."))
+    return path.startswith(("adapter_config.json", "adapter_model.", "adapter_model-"))
 
 
 def _torch_ways(source: Source) -> list[Way]:

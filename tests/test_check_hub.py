@@ -15,6 +15,7 @@ from fakehub import FakeHub, on
 from ggufs import mmproj, write
 from huggingface_hub import close_session, constants
 from models import CONFIG, llava, save, tuned
+from safetensors.torch import save_file
 
 import projaudit
 from projaudit.findings import Verdict
@@ -454,3 +455,74 @@ def test_a_repository_of_gguf_files_against_the_model_they_were_made_from(
     assert norms == pytest.approx([0.05, 0.05], rel=0.02)
     # The headers of both files and the projector, twice: never the text model.
     assert report.run.wire_bytes < 2 * PROJECTOR + 400_000
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def lora(folder: Path, **config: object) -> None:
+    """A LoRA of linear_1, as peft writes it."""
+    name = "base_model.model.model.multi_modal_projector.linear_1"
+    g = torch.Generator().manual_seed(2)
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(4, 192, generator=g) * 0.02,
+        f"{name}.lora_B.weight": torch.randn(256, 4, generator=g) * 0.02,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    known = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base"}
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **config}))
+
+
+def test_an_adapter_is_measured_on_the_base_that_it_names(hub: FakeHub, tmp_path: Path):
+    old = hub.repos["org/base"].refs["main"]
+    lora(tmp_path / "lora", revision=old)
+    publish(hub, tmp_path, "org/base", tuned(BASE, 0.3, seed=9))
+    sha = hub.add("org/lora", tmp_path / "lora")
+    report = projaudit.check("org/lora", seed=1)
+    assert (report.target.name, report.target.commit) == ("org/lora", sha)
+    assert report.base is not None
+    assert (report.base.name, report.base.commit) == ("org/base", old)
+    assert report.provenance is not None
+    assert report.provenance.source == "adapter_config.json"
+    assert not report.provenance.verified
+    assert f"org/base@{report.base.commit}" in report.projectors[0].reading
+    norms = {m.subject: m.value for m in report.measurements if m.metric == "relative_norm"}
+    assert norms["projector/linear_1"] > 0
+    assert norms["projector/linear_2"] == 0
+    # The base's projector is read once for both sides: nothing of its language model.
+    assert hub.wire("cdn") <= 1.05 * 2 * PROJECTOR + 3 * (64 << 10) + 20_000
+
+
+def test_base_says_otherwise_than_the_adapter(hub: FakeHub, tmp_path: Path):
+    lora(tmp_path / "lora", base_model_name_or_path="/home/someone/base")
+    hub.add("org/lora", tmp_path / "lora")
+    with pytest.raises(projaudit.ProjauditError) as caught:
+        projaudit.check("org/lora", seed=1)
+    assert caught.value.code == "base.none"
+    publish(hub, tmp_path, "org/other", TUNED)
+    report = projaudit.check("org/lora", "org/other", seed=1)
+    assert report.base is not None
+    assert report.base.name == "org/other"
+    assert "org/other@" in report.projectors[0].reading
+
+
+def test_on_a_hub_an_adapter_beside_weights_goes_on_the_base_that_it_names(
+    hub: FakeHub, tmp_path: Path
+):
+    folder = save(tmp_path / "repos" / "org/both", TUNED, dtype=torch.bfloat16)
+    lora(folder)
+    hub.add("org/both", folder)
+    report = projaudit.check("org/both", "org/base", seed=1)
+    readings = [projector.reading.split(":")[0] for projector in report.projectors]
+    assert readings == ["main", "adapter", "adapter-on-base"]
+    norms = {m.subject: m.value for m in report.measurements if m.metric == "relative_norm"}
+    assert norms["projector@3/linear_2"] == 0 < norms["projector@2/linear_2"]
+    assert report.verdict is not Verdict.PASS
+
+    lora(folder, base_model_name_or_path="org/gone")
+    hub.add("org/both", folder)
+    report = projaudit.check("org/both", "org/base", seed=1)
+    assert len(report.projectors) == 2
+    assert any("org/gone" in m for f in report.findings for m in f.message.splitlines())
+    assert report.verdict is not Verdict.PASS

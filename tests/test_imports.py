@@ -21,7 +21,7 @@ LAYERS = [
     ["hub", "weight_files", "projector", "policy", "quantised", "gguf_values"],
     ["remote", "mmproj", "clip_keys", "readings", "explain"],
     ["checkpoint"],
-    ["align", "base", "coverage", "judge"],
+    ["adapters", "align", "base", "coverage", "judge"],
     ["update", "formats"],
     ["analyses", "targets"],
     ["measure", "session"],

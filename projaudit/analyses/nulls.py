@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from projaudit.analyses.subspace import SUBSPACE_RANK
+from projaudit.analyses.subspace import SUBSPACE_RANK, rank_of
 from projaudit.findings import Null
 
 if TYPE_CHECKING:
@@ -152,9 +152,7 @@ def _bias_delta(layer: LayerUpdate) -> Tensor | None:
 def leading(layer: LayerUpdate, *, left: bool = False) -> Tensor:
     """(in × r), (out × r) for `left`: at most 5 leading vectors of ΔW, values beyond rounding."""
     spectrum = layer.spectrum
-    top = float(spectrum.values[0])
-    count = int((spectrum.values[:SUBSPACE_RANK] > 1e-4 * top).sum()) if top > 0 else 0
-    return (spectrum.left if left else spectrum.right)[:, :count]
+    return (spectrum.left if left else spectrum.right)[:, : rank_of(spectrum)]
 
 
 def gaussian(rows: int, columns: int, like: Tensor, generator: Generator) -> Tensor:

@@ -28,9 +28,10 @@ _SETTLED = 0.1  # sine of the angle within which a vector of the sketch is the s
 def base_overlap_left(layer: LayerUpdate) -> Value:
     """‖UᵀU0‖²F / k, U and U0 the k = 5 leading left singular vectors of ΔW and of W0 (m × k).
 
-    How far the update writes where the base's strongest directions write. Null by theory: a random
-    k-subspace of R^m. W0's directions come from a sketch; where its spectrum is flat around the
-    k-th value, the span is one of several equally good ones.
+    How far the update writes where the base's strongest directions write; an update of lower rank
+    counts with as many as it has. Null by theory: a random k-subspace of R^m. W0's directions come
+    from a sketch; where its spectrum is flat around the k-th value, the span is one of several
+    equally good ones.
     """
     return _base_overlap(layer, "left")
 
@@ -44,11 +45,17 @@ def base_overlap_right(layer: LayerUpdate) -> Value:
     return _base_overlap(layer, "right")
 
 
+def rank_of(spectrum: Spectrum) -> int:
+    """How many of the SUBSPACE_RANK leading vectors an update has; those of nothing are random."""
+    values = spectrum.values[:SUBSPACE_RANK]
+    return int((values > 1e-4 * values[0]).sum())
+
+
 def _base_overlap(layer: LayerUpdate, side: str) -> Value:
     from projaudit.linalg import overlap
 
     spectrum = _changed(layer)
-    k = min(SUBSPACE_RANK, len(spectrum.values))
+    k = rank_of(spectrum)
     ours = (spectrum.left if side == "left" else spectrum.right)[:, :k]
     base = layer.leading_base
     theirs = (base.left if side == "left" else base.right)[:, :k]
@@ -93,7 +100,7 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
     elementwise activation, which scales each of them by its slope: for gates that are on or off
     at random, a direction keeps the cosine E[g]/√E[g²] with itself (about 0.7 for a ReLU), so the
     overlap of a coupled pair shrinks and does not vanish. Null by theory: random k-subspaces of
-    R^h (for more than two layers, that of one pair).
+    R^h (for more than two layers, that of one pair). k is smaller for an update of lower rank.
     """
     from projaudit.linalg import overlap
 
@@ -114,7 +121,7 @@ def layer_coupling(ctx: ProjectorContext) -> Value:
     for first, second in pairs:
         if first.spectrum.frobenius == 0.0 or second.spectrum.frobenius == 0.0:
             continue
-        k = min(SUBSPACE_RANK, len(first.spectrum.values), len(second.spectrum.values))
+        k = min(rank_of(first.spectrum), rank_of(second.spectrum))
         written, read = first.spectrum.left[:, :k], second.spectrum.right[:, :k]
         null = _random_overlap(written.shape[0], k)
         found.append((overlap(written, read), f"{first.role} → {second.role}", null))

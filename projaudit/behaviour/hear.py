@@ -73,6 +73,8 @@ def budget_of(checkpoint: Checkpoint, asked: Asked) -> int:
 def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raises CouldNotProbe where depth behaviour cannot be run here: cheap, downloads nothing."""
     require_extra()
+    if checkpoint.adapter is not None:
+        raise CouldNotProbe("it is an adapter, which may change more than the projector")
     if checkpoint.source.ref.path is not None and not checkpoint.source.ref.path.is_dir():
         raise CouldNotProbe("a single file has no language model, tokenizer and vision tower")
     _require_memory(memory(checkpoint, device), device)

@@ -199,6 +199,9 @@ def _lines(head: str, body: str, most: int) -> Iterator[_Line]:
 
 def _identities(report: Report) -> Iterator[_Line]:
     yield _Line("target", _identity(report.target))
+    readings = [projector.reading for projector in report.projectors]
+    if readings and all(reading.startswith("adapter") for reading in readings):
+        yield _Line("", fit(clean(readings[0], 200), COLUMNS - _HEAD - 1))
     if report.base is not None:
         yield _Line("base", _identity(report.base))
         if report.provenance:
