@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit import __version__
 from projaudit.adapters import WEIGHTS, Adapter, Fit, fit, not_read, read_adapter
-from projaudit.base import Candidate, candidates, lineage, named_by_adapter
+from projaudit.base import MAX_CANDIDATES, Candidate, candidates, lineage, named_by_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.coverage import changed_by, code_of, compare
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 def check(
     target: str,
-    base: str | None = None,
+    base: str | Sequence[str] | None = None,
     *,
     revision: str | None = None,
     base_revision: str | None = None,
@@ -84,7 +84,8 @@ def check(
 ) -> Report:
     """The audit of `target` against its base, as a Report; prints nothing.
 
-    `target` and `base` are a Hub id (`org/model`, `org/model@rev`), a Hub URL, a folder or a file.
+    `target` and `base` are a Hub id (`org/model`, `org/model@rev`), a Hub URL, a folder or a file;
+    a merge has several bases, and is compared with each.
     What is None here comes from the policy, then from the defaults (device auto, rank 32, a fresh
     seed, verify range). Depth `auto`, the default without a policy, runs the language model where
     all of it is on this machine and the extra `behaviour` is installed; the policy is then
@@ -121,7 +122,7 @@ def check(
         audit = _audit(
             session,
             parse_ref(target, revision),
-            _base_ref(base, base_revision, ruleset.options),
+            _base_refs(base, base_revision, ruleset.options),
             ruleset.pins,
             load_directions(directions),
             target_texts,
@@ -185,14 +186,17 @@ def failed(target: str, error: ProjauditError, asked: Mapping[str, Any]) -> Repo
     )
 
 
-def _base_ref(base: str | None, revision: str | None, options: Mapping[str, Any]) -> Ref | None:
-    if base is None and "base" in options:
-        base, revision = str(options["base"]), revision or options.get("base_revision")
-    if base is None:
-        if revision is not None:
-            raise UsageError("needs a base", "option", field="--base-revision")
-        return None
-    return parse_ref(base, revision)
+def _base_refs(
+    base: str | Sequence[str] | None, revision: str | None, options: Mapping[str, Any]
+) -> tuple[Ref, ...]:
+    named = [base] if isinstance(base, str) else list(base or ())
+    if not named and "base" in options:
+        named, revision = [str(options["base"])], revision or options.get("base_revision")
+    if revision is not None and len(named) != 1:
+        raise UsageError("needs one base", "option", field="--base-revision")
+    if len(named) > MAX_CANDIDATES:
+        raise UsageError(f"is given {len(named)} times", "option", field="--base")
+    return tuple(dict.fromkeys(parse_ref(name, revision) for name in named))
 
 
 @dataclass(frozen=True)
@@ -228,20 +232,20 @@ class _Audit:
 def _audit(
     session: Session,
     target_ref: Ref,
-    base_ref: Ref | None,
+    base_refs: Sequence[Ref],
     pins: Mapping[str, str],
     directions: Sequence[Direction],
     texts: Sequence[str],
     wanted: Wish,
 ) -> _Audit:
     from projaudit.analyses.behaviour import Behaviour
-    from projaudit.measure import Measured, measure_projector, read_projector
+    from projaudit.measure import Measured, measure_merge, measure_projector, read_projector
 
     device = find_device(session.settings.device)
     with session.stage("open target"):
         source = session.source(target_ref)
         adapter = read_adapter(source)
-        target = _opened_target(session, source, adapter, base_ref, pins)
+        target = _opened_target(session, source, adapter, base_refs, pins)
         found = [(target.readings[0], _projectors(target.readings[0], target))]
         found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
         first = next((i for i, pair in enumerate(found) if pair[1] and _counts(i, pair[0])), None)
@@ -252,7 +256,7 @@ def _audit(
         fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].tensors)
         target = _noted(target, fitted)
     depth, not_probed = depth_of(wanted.depth, target, device)
-    bases, without_base = _bases(session, target, base_ref, pins, required=depth == "weights")
+    bases, without_base = _bases(session, target, base_refs, pins, required=depth == "weights")
     target, sides = _sides(target, found, fitted)
     if fitted is not None and target.adapter is None:
         more, unread = _on_named_base(session, target, fitted.adapter, bases)
@@ -280,6 +284,9 @@ def _audit(
         facts = _facts(target, base, coverages[-1], found[0][1])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
+    for side in sides if len(bases) > 1 else ():
+        partners = [_counterpart(side.projector, base) for base in bases]
+        measure_merge(session, side, partners, measured)
     coverage = coverages[0] if coverages else Coverage()
     evidence, place = None, None
     if depth == "behaviour":
@@ -308,7 +315,7 @@ def _audit(
 def _bases(
     session: Session,
     target: Checkpoint,
-    option: Ref | None,
+    option: Sequence[Ref],
     pins: Mapping[str, str],
     *,
     required: bool,
@@ -339,7 +346,7 @@ def _opened_target(
     session: Session,
     source: Source,
     adapter: Adapter | None,
-    base: Ref | None,
+    base: Sequence[Ref],
     pins: Mapping[str, str],
 ) -> Checkpoint:
     """The target's weights; of an adapter alone those of its base, as transformers loads them."""

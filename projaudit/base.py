@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ def candidates(
     target: Source,
     config: Mapping[str, Any] | None,
     *,
-    option: Ref | None,
+    option: Sequence[Ref],
     pins: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[Candidate, ...]:
@@ -48,9 +48,9 @@ def candidates(
     uploader's claim, every distinct one of which is a candidate. Names in files are Hub ids and
     nothing else, never paths or URLs. Raises BaseError `base.none` where nothing names a base.
     """
-    if option is not None:
-        claim = Claim("--base", option.repo or option.text)
-        return (Candidate(option, Provenance("--base", True, (claim,))),)
+    if option:
+        said = tuple(Claim("--base", ref.repo or ref.text) for ref in option)
+        return tuple(Candidate(ref, Provenance("--base", True, said)) for ref in option)
     for repo, base in pins.items():
         if repo.lower() in _names(target):
             claim = Claim("policy", base)

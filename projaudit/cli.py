@@ -138,7 +138,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("target")
-@_option("--base", metavar="REF", help="What TARGET was made from. Default: what the model claims.")
+@_option(
+    "--base",
+    multiple=True,
+    metavar="REF",
+    help="What TARGET was made from; several times for a merge.  [default: what the model claims]",
+)
 @_option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
 @_option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
 @_option(

@@ -140,6 +140,37 @@ def measure_projector(
     into.series += (*probes.series(context), *alignment.series(context))
 
 
+def measure_merge(session: Session, target: Side, bases: Sequence[Side], into: Measured) -> None:
+    """Adds to `into` what there is to say of a projector with several bases."""
+    from projaudit.analyses.merge import Parents
+    from projaudit.update import rounding
+
+    with session.stage("merge"):
+        stored = target.load()
+        parents = Parents(
+            _by_role(target),
+            tuple((base.name, _by_role(base)) for base in bases),
+            max(rounding(w.tensor, w.tensor, w.step, w.step).floor for w in stored.values()),
+        )
+    number = 1 + sum(m.metric == "merge_nearest" for m in into.measurements)
+    into.ask(session, "merge", "merge" if number == 1 else f"merge@{number}", parents)
+
+
+def _by_role(side: Side) -> dict[str, torch.Tensor]:
+    """The projector's tensors by role, fp32, matrices as (out × in)."""
+    weights = side.load()
+    found = {
+        f"{layer.role}.weight": layer.matrix(weights[layer.weight].tensor.float())
+        for layer in side.projector.linears
+    }
+    found |= {
+        f"{layer.role}.bias": weights[layer.bias].tensor.float()
+        for layer in side.projector.linears
+        if layer.bias
+    }
+    return found | {r: weights[name].tensor.float() for r, name in side.projector.vectors.items()}
+
+
 def read_projector(session: Session, target: Side, into: Measured) -> None:
     """Adds to `into` the bytes of a projector that there is no base to compare with."""
     with session.stage("read projector"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from projaudit.findings import Null
 
-Subject = Literal["layer", "vector", "projector", "behaviour", "checkpoint"]
+Subject = Literal["layer", "vector", "projector", "merge", "behaviour", "checkpoint"]
 Kind = Literal["structure", "statistic", "behaviour"]
 
 

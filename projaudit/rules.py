@@ -37,7 +37,7 @@ MAX_FALSE_POSITIVES = 0.05
 """Share of honest fine-tunes above which a rule describes and does not accuse."""
 MAX_BOUND = 0.02
 """Upper 95 % bound of that share, above which what was heard is for a reader to judge."""
-SUBJECTS = ("layer", "vector", "projector", "behaviour", "checkpoint")
+SUBJECTS = ("layer", "vector", "projector", "merge", "behaviour", "checkpoint")
 """Finest first."""
 _RULE_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _RULE_KEYS = {

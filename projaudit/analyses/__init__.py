@@ -8,6 +8,7 @@ from projaudit.analyses import (
     alignment,
     behaviour,
     magnitude,
+    merge,
     probes,
     spectral,
     structure,
@@ -23,6 +24,7 @@ __all__ = [
     "alignment",
     "behaviour",
     "magnitude",
+    "merge",
     "probes",
     "run",
     "spectral",
@@ -32,7 +34,16 @@ __all__ = [
 ]
 
 
-_ORDER = ("structure", "magnitude", "spectral", "subspace", "probes", "alignment", "behaviour")
+_ORDER = (
+    "structure",
+    "magnitude",
+    "spectral",
+    "subspace",
+    "probes",
+    "alignment",
+    "merge",
+    "behaviour",
+)
 
 
 def themes(kind: str) -> list[str]:

@@ -64,12 +64,19 @@ def base_renamed(facts: Facts) -> Value:
 
 @measures("checkpoint", kind="structure", unit="bases")
 def base_claims(facts: Facts) -> Value:
-    """Number of different bases that the uploader claims; 1 where a verified base settles it."""
+    """Number of different answers that the uploader gives; 1 where a verified base settles it.
+
+    A merge has several bases: a source that names all that another names, and more, is of its mind.
+    """
     if facts.provenance.verified:
         return Value(1.0)
-    repos = dict.fromkeys(claim.repo.lower() for claim in facts.provenance.claims)
+    named: dict[str, set[str]] = {}
+    for claim in facts.provenance.claims:
+        named.setdefault(claim.source, set()).add(claim.repo.lower())
+    answers = {frozenset(repos) for repos in named.values()}
+    different = [one for one in answers if not any(one < other for other in answers)]
     return Value(
-        float(len(repos)),
+        float(len(different)),
         tuple(f"{claim.source}: {claim.repo}" for claim in facts.provenance.claims),
     )
 

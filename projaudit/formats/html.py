@@ -123,6 +123,9 @@ def command(report: Report) -> str:
     options = []
     if report.base is not None:
         options += ["--base", _reference(report.base)]
+    if report.provenance is not None and report.provenance.verified:
+        for claim in report.provenance.claims[1:]:  # a merge's other bases
+            options += ["--base", claim.repo]
     for name in _OPTIONS:
         value = report.settings.get(name)
         for one in value if isinstance(value, tuple) else (value,):

@@ -336,6 +336,7 @@ def _projector(projector: AuditedProjector) -> dict[str, Any]:
         "subject": projector.subject,
         "family": projector.family,
         "reading": projector.reading,
+        "base": projector.base,
         "in_features": projector.in_features,
         "out_features": projector.out_features,
         "chain": list(projector.chain),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from projaudit.findings import Finding, Measurement, Severity
+from projaudit.inert import clean
 from projaudit.report import PartStatus, Provenance, Report, RuleOutcome
 
 NULLS: Mapping[str, str] = MappingProxyType(
@@ -119,10 +120,12 @@ def plural(count: int, noun: str) -> str:
 
 
 def base_origin(provenance: Provenance) -> str:
-    """Who says that this is the base."""
+    """Who says that this is the base, and which others were compared as well."""
+    repos = list(dict.fromkeys(claim.repo for claim in provenance.claims))
+    others = f"; also compared: {', '.join(map(clean, repos[1:]))}" if len(repos) > 1 else ""
     if provenance.verified:
-        return f"verified: named by {provenance.source}"
-    return f"the uploader's claim ({provenance.source})"
+        return f"verified: named by {provenance.source}{others}"
+    return f"the uploader's claim ({provenance.source}){others}"
 
 
 def outcome_word(rule: RuleOutcome) -> str:
