@@ -215,7 +215,10 @@ def locate(
                 if declared:
                     raise
                 continue  # another family's, that happens to use these names
-            if projector is None or (projector.unexpected and not declared):
+            if projector is None or (
+                not declared
+                and (projector.unexpected or not _fits(family, projector, config or {}))
+            ):
                 continue
             if taken.isdisjoint(projector.tensors):
                 found[_key(found, projector)] = projector
@@ -355,7 +358,7 @@ def match(
             elif name in shapes and (name.startswith(wrapper) or not wrapper):
                 vectors[role] = name
     order = {role: n for n, role in enumerate(linear_roles(chain))}
-    projector = Projector(
+    return Projector(
         family=family.name,
         kind=_kind(chain, len(linears) + len(matrices)),
         prefix=module,
@@ -365,8 +368,6 @@ def match(
         norm_eps=_eps(family, config),
         unexpected=() if family.scattered else tuple(sorted(rest)),
     )
-    _check_width(family, projector, config)
-    return projector
 
 
 def _wrapper(module: str) -> str:
@@ -580,15 +581,10 @@ def _check_chain(
     return True
 
 
-def _check_width(family: Family, projector: Projector, config: Mapping[str, Any]) -> None:
-    """Raises FormatError where the config's language model has another width."""
+def _fits(family: Family, projector: Projector, config: Mapping[str, Any]) -> bool:
+    """Whether it gives the width of the config's language model, where the config says one."""
     width = _get(config, family.width_key) if family.width_key else None
-    if isinstance(width, int) and not isinstance(width, bool) and width != projector.out_features:
-        raise FormatError(
-            f"gives {projector.out_features} features, {family.width_key} in the config is {width}",
-            "projector",
-            field=clean(projector.prefix),
-        )
+    return not isinstance(width, int) or width == projector.out_features
 
 
 def _chain(family: Family, roles: Set[str], config: Mapping[str, Any]) -> tuple[str, ...]:
