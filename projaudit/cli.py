@@ -142,7 +142,7 @@ def cli() -> None:
     "--base",
     multiple=True,
     metavar="REF",
-    help="What TARGET was made from; several times for a merge.  [default: what the model claims]",
+    help="What TARGET was made from; a merge has several. Default: its claims.",
 )
 @_option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
 @_option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
