@@ -50,6 +50,17 @@ def test_a_merge_is_compared_with_each_base_and_lies_in_their_span(
     assert report.verdict is Verdict.PASS, report.sentence
 
 
+def test_the_nearest_base_is_told_first(tmp_path: Path, bases: list[str], capsys, monkeypatch):
+    save(tmp_path / "merged", mean(0.3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["check", "merged", "--base", "one", "--base", "two", "--depth", "weights"])
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = [n for n, line in enumerate(lines) if line.startswith("merge")]
+    assert [line.split()[-1] for line in lines[first : first + 2]] == ["two", "one"]
+    assert "outside what its bases span" in lines[first + 2]
+
+
 def test_what_no_base_explains_is_said(tmp_path: Path, bases: list[str]):
     trained_on = tuned(mean(0.5), 0.1, seed=7)
     report = projaudit.check(

@@ -82,7 +82,7 @@ def render(report: Report, color: bool = False) -> str:
     """
     blocks = [list(_verdict(report)), list(_identities(report))]
     if report.error is None:
-        blocks.append([*_layers(report), *_probes(report)])
+        blocks.append([*_layers(report), *_probes(report), *_merge(report)])
         tail = [*_rules(report), *_coverage(report)]
     else:
         tail = []
@@ -269,6 +269,17 @@ def _probes(report: Report) -> Iterator[_Line]:
             scored = scored or any(m and m.nulls for m in (shift, slope, concentration))
     if scored:
         yield _Line("", "z against random updates of equal norm/of equal spectrum")
+
+
+def _merge(report: Report) -> Iterator[_Line]:
+    """Of a merge, how far its bases are, and how much of it none of them explains."""
+    found = values(report)
+    nearest, outside = (found.get(("merge", f"merge_{name}")) for name in ("nearest", "residual"))
+    if nearest and outside:
+        for number, base in enumerate(nearest.detail):
+            name, _, distance = base.rpartition(": ")
+            yield _Line("" if number else "merge", f"{distance:>7} from {_name(name, 48)}")
+        yield _Line("", f"{outside.value:7.2%} outside what its bases span")
 
 
 def _scores(measurement: Measurement) -> str:
