@@ -160,7 +160,7 @@ def families() -> tuple[Family, ...]:
     import yaml
 
     entries = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text("utf-8"))
-    return tuple(_family(entry) for entry in entries)
+    return tuple(_family(entry) for entry in entries or ())
 
 
 def _family(entry: dict[str, Any]) -> Family:

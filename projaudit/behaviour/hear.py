@@ -159,6 +159,8 @@ def hear(
 
     if not target.projector.chain:
         raise CouldNotProbe("what its projector computes is not known")
+    if target.projector.path[0].layout != "plain":
+        raise CouldNotProbe("the weight of its projector's first layer is no linear layer's")
     require_runnable(target.checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
@@ -183,7 +185,7 @@ def hear(
                 "tuned": str(place / "tuned.safetensors"),
                 "base": None if base is None else str(place / "base.safetensors"),
                 "prefix": target.projector.prefix,
-                "first": target.projector.linears[0].weight,
+                "first": target.projector.path[0].weight,
                 "prompts": None if asked.prompts is None else list(asked.prompts),
                 "images": None if asked.images is None else list(asked.images),
                 "device": str(device),
@@ -221,9 +223,9 @@ def _by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
     theirs = {layer.role: layer for layer in base.projector.linears}
     found: dict[str, torch.Tensor] = {}
     for layer in projector.linears:
-        if layer.role not in theirs or theirs[layer.role].shape != layer.shape:
+        other = theirs.get(layer.role)
+        if other is None or (other.shape, other.layout) != (layer.shape, layer.layout):
             raise CouldNotProbe(f"the base has no {layer.role} of the target's shape")
-        other = theirs[layer.role]
         found[layer.weight] = base.tensors[other.weight]
         if layer.bias is not None:
             found[layer.bias] = (
