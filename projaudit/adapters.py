@@ -147,7 +147,7 @@ def not_read(source: Source) -> UnsupportedError:
 
 
 def fit(
-    adapter: Adapter, projectors: Sequence[Projector], tensors: Mapping[str, TensorInfo]
+    adapter: Adapter, projectors: Sequence[Projector], shapes: Mapping[str, tuple[int, ...]]
 ) -> Fit:
     """What an adapter changes in those projectors, of a base with those tensors.
 
@@ -158,7 +158,7 @@ def fit(
     """
     if adapter.method == "XLORA":
         raise _not_merged(adapter, "xlora", "mixes other adapters")
-    known = _known(tensors)
+    known = _known(shapes)
     ours = {_canonical(name): name for projector in projectors for name in projector.tensors}
     areas = _areas(projectors)
     leaves: dict[str, dict[str, str]] = defaultdict(dict)  # module -> leaf -> key
@@ -193,15 +193,15 @@ def fit(
         leaves[module][leaf] = key
         paths[module] = path
     parts = tuple(
-        _part(adapter, paths[module], module, found, ours, tensors)
+        _part(adapter, paths[module], module, found, ours, shapes)
         for module, found in leaves.items()
     )
     adapted = {name for part in parts for name in (part.weight, part.bias) if name}
     for name in adapted & (saved.keys() - based):
         raise _not_merged(adapter, saved[name], "replaces what the adapter also adds to")
     for name, key in saved.items():
-        if adapter.tensors[key].shape != tensors[name].shape:
-            raise _unfit(key, adapter.tensors[key].shape, tensors[name].shape)
+        if adapter.tensors[key].shape != shapes[name]:
+            raise _unfit(key, adapter.tensors[key].shape, shapes[name])
     return Fit(
         adapter, parts, {n: adapter.tensors[key] for n, key in saved.items()}, tuple(elsewhere)
     )
@@ -307,7 +307,7 @@ def _part(
     module: str,
     keys: Mapping[str, str],
     ours: Mapping[str, str],
-    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Part:
     """The part of one module, checked against the base's shapes and the adapter's config."""
     any_key = next(iter(keys.values()))
@@ -316,7 +316,7 @@ def _part(
     if weight is None:
         raise _not_merged(adapter, any_key, "adapts a module without a weight of its own")
     bare = weight == targeted
-    shape = tensors[weight].shape
+    shape = shapes[weight]
     if len(shape) != 2:
         raise _not_merged(adapter, any_key, f"adapts weights of shape {list(shape)}")
     leaves = {leaf: adapter.tensors[key] for leaf, key in keys.items()}

@@ -227,6 +227,8 @@ class _Audit:
     standing: Standing | None
     without_base: str
     """Why there is no base; empty where there is one."""
+    projectors: int
+    """Of the target, over all its readings."""
 
 
 def _audit(
@@ -253,7 +255,7 @@ def _audit(
             raise _no_projector(target)
         found.insert(0, found.pop(first))
         target = _settled(target, found)
-        fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].tensors)
+        fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
         target = _noted(target, fitted)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = _bases(session, target, base_refs, pins, required=depth == "weights")
@@ -309,6 +311,7 @@ def _audit(
         evidence=evidence,
         standing=place,
         without_base=without_base,
+        projectors=len(sides),
     )
 
 
@@ -418,7 +421,7 @@ def _on_named_base(
     except ProjauditError as error:
         return [], f"{repo}, on which transformers puts the adapter, was not read: {error}"
     reading = base.checkpoint.readings[0]
-    fitted = fit(adapter, base.projectors, reading.tensors)
+    fitted = fit(adapter, base.projectors, reading.shapes)
     why = f"{_name(base.checkpoint.source)}, which the adapter names, and the adapter"
     sides = [
         Side(
@@ -658,10 +661,20 @@ def _facts(
 
     added: list[str] = []
     missing: list[str] = []
-    for projector in projectors:
-        ours, theirs = roles(projector), roles(_counterpart(projector, base).projector)
+    epsilons: list[str] = []
+    partners = [_counterpart(projector, base).projector for projector in projectors]
+    for projector, partner in zip(projectors, partners, strict=True):
+        ours, theirs = roles(projector), roles(partner)
+        if projector.norm_eps != partner.norm_eps:
+            epsilons.append(f"epsilon of the norms: {partner.norm_eps:g} → {projector.norm_eps:g}")
         added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}
         missing += [theirs[role] for role in theirs.keys() - ours.keys()]
+    if coverage.config_compared:  # a file alone need not be the whole model
+        taken = {partner.tensors for partner in partners}
+        gone = [other for other in base.projectors if other.tensors not in taken]
+        missing += [name for projector in gone for name in projector.tensors]
+        changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
+        coverage = replace(coverage, config_changes=changes)
     return Facts(
         target=_identity(target.origin),
         base=_identity(base.checkpoint.source),
@@ -739,7 +752,7 @@ def _report(
     if audit.without_base:
         unevaluated = (Unevaluated("base", "checkpoint", audit.without_base), *unevaluated)
     missing = unheard(
-        ruleset.depth, audit.depth, audit.not_probed, audit.evidence, len(measured.projectors)
+        ruleset.depth, audit.depth, audit.not_probed, audit.evidence, audit.projectors
     )
     if missing:
         unevaluated = (Unevaluated("behaviour", "checkpoint", missing), *unevaluated)

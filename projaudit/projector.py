@@ -310,6 +310,8 @@ def match(
         weight, bias = take(locals_, "weight"), take(locals_, "bias")
         if weight is None and bias is None and role in family.optional:
             continue
+        if weight is not None and 0 in shapes[weight]:
+            raise _saved_empty(weight, shapes[weight])
         if weight is None or len(shapes[weight]) != 1:
             return None
         if biased.get(role, bias is not None) is (bias is None):

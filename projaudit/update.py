@@ -292,6 +292,9 @@ def pair(
             _same(base_tensors[there[role]], target_tensors[name]) for role, name in here.items()
         )
     layers = _folded(layers, vectors, target.chain)
+    for folded in layers:
+        if _peak(folded.before) < _ZERO:
+            raise BaseError("the base's layer is zero throughout", "zero", field=folded.role)
     return replace(
         empty,
         layers=_aligned(layers, target.chain, embedding_rows),

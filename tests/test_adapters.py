@@ -117,7 +117,7 @@ def fitted(folder: Path, base: dict[str, torch.Tensor] | None = None):
     assert found is not None
     names = [name for p in projectors for name in p.tensors]
     stored = load_weights(source, reading, names)
-    return fit(found, projectors, reading.tensors), stored
+    return fit(found, projectors, reading.shapes), stored
 
 
 METHODS = {
@@ -250,7 +250,7 @@ def qwen_fit(tmp_path: Path, modules: dict[str, tuple[int, int]], **config: obje
     found = read_adapter(open_local(parse_ref(str(folder))))
     assert found is not None
     assert projectors
-    return fit(found, projectors, reading.tensors)
+    return fit(found, projectors, reading.shapes)
 
 
 def handmade(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
@@ -322,7 +322,7 @@ def test_a_bare_transposed_matrix_of_target_parameters(tmp_path: Path) -> None:
     assert found is not None
     names = [n for p in projectors for n in p.tensors]
     weights = load_weights(source, reading, names)
-    ours = apply(fit(found, projectors, reading.tensors), weights).weights
+    ours = apply(fit(found, projectors, reading.shapes), weights).weights
     model = peft.PeftModel.from_pretrained(Gemma(), str(folder)).merge_and_unload()
     expected = model.state_dict()[f"model.{name}"]
     assert torch.allclose(ours[f"model.{name}"].tensor, expected, atol=1e-6)

@@ -277,3 +277,46 @@ def test_policy_options_have_types(pair, tmp_path: Path, name: str):
     done = run(*pair, "--policy", file, stdout=subprocess.PIPE)
     assert done.returncode == 4
     assert str(file) in done.stderr
+
+
+# Where families, readings and configs meet
+
+
+def test_an_epsilon_of_a_norm_that_changed_is_a_changed_config(tmp_path: Path):
+    norm = {f"{P}layernorm.weight": torch.ones(48), f"{P}layernorm.bias": torch.zeros(48)}
+    base = llava(h=64) | norm
+    w2 = f"{P}linear_2.weight"
+    base[w2] = base[w2][:, :32].clone()  # halves of linear_1 are multiplied
+    config = CONFIG | {
+        "architectures": ["AyaVisionForConditionalGeneration"],
+        "adapter_layer_norm_eps": 1e-6,
+    }
+    before = str(save(tmp_path / "base", base, config=config))
+    same = save(tmp_path / "same", tuned(base), config=config)
+    other = save(tmp_path / "other", tuned(base), config=config | {"adapter_layer_norm_eps": 0.9})
+    quiet = projaudit.check(str(same), before, seed=1, depth="weights")
+    assert "config-changed" not in {finding.rule for finding in quiet.findings}
+    report = projaudit.check(str(other), before, seed=1, depth="weights")
+    assert "config-changed" in {finding.rule for finding in report.findings}
+    assert report.verdict is not Verdict.PASS
+
+
+def test_a_projector_that_only_the_base_has_is_missing(tmp_path: Path):
+    second = {f"audio_tower.proj{n}.weight": torch.randn(64, 48 + 16 * (n - 1)) for n in (1, 2)}
+    base = llava()
+    before = str(save(tmp_path / "base", base | second))
+    report = projaudit.check(
+        str(save(tmp_path / "tuned", tuned(base))), before, seed=1, depth="weights"
+    )
+    assert "projector-tensors-removed" in {finding.rule for finding in report.findings}
+    assert report.verdict is not Verdict.PASS
+
+
+def test_a_base_whose_norm_is_zero_is_no_base(tmp_path: Path):
+    norm = {f"{P}layer_norm.weight": torch.zeros(48), f"{P}layer_norm.bias": torch.zeros(48)}
+    config = CONFIG | {"architectures": ["InternVLForConditionalGeneration"]}
+    before = str(save(tmp_path / "base", llava() | norm, config=config))
+    target = str(save(tmp_path / "tuned", tuned(llava() | norm), config=config))
+    with pytest.raises(projaudit.ProjauditError) as caught:
+        projaudit.check(target, before, seed=1, depth="weights")
+    assert caught.value.code == "base.zero"
