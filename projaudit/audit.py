@@ -553,7 +553,10 @@ def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
     """Whether projectors are the first reading's, byte by byte; None where they do not compare."""
 
     def forms(sides: Sequence[Side]) -> list[tuple[object, ...]]:
-        return [(s.projector.kind, *(layer.shape for layer in s.projector.linears)) for s in sides]
+        return [
+            (p.kind, p.chain, p.norm_eps, len(p.unexpected), *(layer.shape for layer in p.linears))
+            for p in (side.projector for side in sides)
+        ]
 
     def digests(sides: Sequence[Side]) -> list[tuple[object, ...]]:
         loaded = [(side.projector.tensors, side.load()) for side in sides]
