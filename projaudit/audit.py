@@ -362,7 +362,16 @@ def _opened_target(
             raise not_read(source) from None
     named = candidates(source, None, option=base, pins=pins)[0]
     whole = open_checkpoint(session.source(named.ref))
-    return replace(whole, readings=whole.readings[:1], ambiguities=(), adapter=source)
+    beside = [
+        path
+        for path in source.files
+        if path != WEIGHTS
+        and (path.startswith("adapter_model") or ("/" in path and path.endswith(".safetensors")))
+    ]
+    says = "weights beside the adapter, which are taken where they are asked for; not read"
+    notes = [Ambiguity("adapter-beside", f"{clean(path, 80)}: {says}", (path,)) for path in beside]
+    readings = whole.readings[:1]
+    return replace(whole, readings=readings, ambiguities=tuple(notes[:20]), adapter=source)
 
 
 def _noted(target: Checkpoint, fitted: Fit | None) -> Checkpoint:
@@ -523,6 +532,8 @@ def _sides(
             if alike:
                 notes[at] = replace(notes[at], kind="equal-pickle")
                 continue
+        if number and reading.metadata is not None and found[0][0].metadata is not None:
+            notes += _otherwise(new, sides[: len(found[0][1])])
         if not same:
             sides += new
             notes += [shared for side in new if (shared := _sharing(side)) is not None]
@@ -531,6 +542,25 @@ def _sides(
         return target, sides
     adapted = _adapted(target, found[0], fitted)
     return target, [*(sides if target.adapter is None else ()), *adapted]
+
+
+def _otherwise(ours: Sequence[Side], first: Sequence[Side]) -> list[Ambiguity]:
+    """What there is to say where a second GGUF file is no rounding of the first's projector."""
+    from projaudit.update import rounding
+
+    for here, there in zip(ours, first, strict=False):
+        new, old = here.load(), there.load()
+        for name in new.keys() & old.keys():
+            a, b = old[name], new[name]
+            if a.tensor.shape == b.tensor.shape:
+                floor = rounding(a.tensor, b.tensor, a.step, b.step).floor
+                apart = float((b.tensor.float() - a.tensor.float()).norm())
+                if apart == 0.0 or apart <= 4 * floor * float(a.tensor.float().norm()):
+                    continue
+            says = f"{here.reading.why}; its {clean(name, 80)} is no rounding of the first file's"
+            files = tuple({info.file for info, _ in b.parts})
+            return [Ambiguity("gguf-beside", says, files, (name,))]
+    return []
 
 
 def _adapted(

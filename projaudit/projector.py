@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -206,6 +206,7 @@ def locate(
     found: dict[str, Projector] = {}
     candidates = likely(shapes)
     taken: set[str] = set()
+    others: set[str] = set()  # modules that the declared class has, and wires otherwise
     for family in known:
         for module, names in modules(family, candidates).items():
             declared = bool(architectures & set(family.architectures))
@@ -215,11 +216,15 @@ def locate(
                 if declared:
                     raise
                 continue  # another family's, that happens to use these names
+            if projector is None and declared:
+                others.add(module)
             if projector is None or (
                 not declared
                 and (projector.unexpected or not _fits(family, projector, config or {}))
             ):
                 continue
+            if not declared and module in others:
+                projector = replace(projector, chain=())
             if taken.isdisjoint(projector.tensors):
                 found[_key(found, projector)] = projector
                 taken |= {*projector.tensors, *projector.unexpected}

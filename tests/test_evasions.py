@@ -320,3 +320,13 @@ def test_a_base_whose_norm_is_zero_is_no_base(tmp_path: Path):
     with pytest.raises(projaudit.ProjauditError) as caught:
         projaudit.check(target, before, seed=1, depth="weights")
     assert caught.value.code == "base.zero"
+
+
+def test_a_class_whose_norm_is_not_there_is_not_taken_for_another(tmp_path: Path):
+    """VipLLaVA's loader would run a norm as it is initialised; LLaVA's has none."""
+    config = CONFIG | {"architectures": ["VipLlavaForConditionalGeneration"]}
+    before = str(save(tmp_path / "base", llava(), config=config))
+    target = str(save(tmp_path / "tuned", tuned(llava()), config=config))
+    report = projaudit.check(target, before, seed=1, depth="weights")
+    assert "function-unknown" in {finding.rule for finding in report.findings}
+    assert report.verdict is Verdict.INCONCLUSIVE
