@@ -32,7 +32,7 @@ from projaudit.session import Session
 if TYPE_CHECKING:
     import torch
 
-    from projaudit.measure import Side
+    from projaudit.sides import Side
 
 Depth = Literal["weights", "behaviour"]
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from projaudit.adapters import Applied, Fit, apply, widened
+from projaudit.adapters import Applied
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
-from projaudit.checkpoint import Checkpoint, Weight, load_weights
+from projaudit.checkpoint import Weight
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
+from projaudit.peft_methods import widened
 from projaudit.projector import Projector
-from projaudit.readings import Reading
 from projaudit.report import AuditedProjector, Layer, TensorRead
 from projaudit.session import Session, Settings
-from projaudit.source import Source
+from projaudit.sides import Side
 
 if TYPE_CHECKING:
     import torch
@@ -40,33 +40,6 @@ class Measured:
                 measurements, skipped = run(kind, subject, of, theme)
             self.measurements += measurements
             self.skipped += skipped
-
-
-@dataclass(frozen=True)
-class Side:
-    """A projector and the reading of the checkpoint that it was found in."""
-
-    checkpoint: Checkpoint
-    reading: Reading
-    projector: Projector
-    name: str
-    """Of the repository, with its commit where there is one."""
-    fit: Fit | None = None
-    """Of the adapter that is merged into what the checkpoint holds."""
-
-    @property
-    def source(self) -> Source:
-        """Where its bytes are."""
-        return self.checkpoint.source
-
-    def load(self) -> Mapping[str, Weight]:
-        """Its weights by name, with the adapter merged into them where there is one."""
-        return self.applied().weights
-
-    def applied(self) -> Applied:
-        """Its weights, and what an adapter has brought to them."""
-        weights = load_weights(self.source, self.reading, self.projector.tensors)
-        return Applied(weights) if self.fit is None else apply(self.fit, weights)
 
 
 def measure_projector(

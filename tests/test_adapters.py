@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import projaudit
-from projaudit.adapters import _matches, apply, fit, merged, read_adapter
+from projaudit.adapters import apply, fit
 from projaudit.checkpoint import load_tensors, load_weights, open_checkpoint
 from projaudit.errors import FormatError, LimitError, ProjauditError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.linalg import spectrum, spectrum_of_product
+from projaudit.peft_config import _matches, read_adapter
+from projaudit.peft_methods import merged
 from projaudit.projector import locate
 from projaudit.source import open_local, parse_ref
 

@@ -108,7 +108,7 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     formats = options.pop("formats") or _policy_formats(options["policy"])
     paths = paths_for(output, formats, target)
     from projaudit.audit import check as run
-    from projaudit.audit import failed
+    from projaudit.reporting import failed
 
     progress = Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
     notify = None if quiet else progress.say

@@ -1,0 +1,114 @@
+"""A target against one base: which projector meets which, and the facts of the two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from projaudit.adapters import Fit
+from projaudit.analyses.structure import Facts
+from projaudit.checkpoint import Checkpoint
+from projaudit.coverage import changed_by, code_of, compare
+from projaudit.opened import Base, Found, identity, name_of
+from projaudit.projector import Projector
+from projaudit.report import Coverage
+from projaudit.sides import Side
+
+
+def counterpart(projector: Projector, base: Base) -> Side:
+    """The base's projector of the same kind, by module path where there are several."""
+    word = projector.prefix.rpartition(".")[2]
+    best = max(
+        base.projectors,
+        key=lambda p: (
+            p.kind == projector.kind,
+            p.prefix.endswith(word),
+            p.prefix == projector.prefix,
+        ),
+    )
+    roles = [layer.role for layer in projector.linears]
+    if sorted(roles) == sorted(layer.role for layer in best.linears):
+        # Where no family says the order, a file of another format has another one.
+        ordered = sorted(best.linears, key=lambda layer: roles.index(layer.role))
+        best = replace(best, linears=tuple(ordered))
+    return Side(base.checkpoint, base.checkpoint.readings[0], best, name_of(base.checkpoint.source))
+
+
+def coverage_of(
+    target: Checkpoint, base: Base, first: Found, fitted: Fit | None, *, seed: int
+) -> Coverage:
+    """What is known of everything but the projectors of the first reading."""
+    coverage = compare(
+        target,
+        base.checkpoint,
+        audited=_stored_names(first),
+        audited_base=_stored_names((base.checkpoint.readings[0], base.projectors)),
+        seed=seed,
+    )
+    return _with_adapter(coverage, target, fitted)
+
+
+def _stored_names(found: Found) -> frozenset[str]:
+    """The stored tensors that the projectors of a reading are made of."""
+    reading, projectors = found
+    names = [name for projector in projectors for name in projector.tensors]
+    return frozenset(info.name for name in names for info in reading.parts(name))
+
+
+def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
+    """The coverage, with what an adapter changes outside the projector."""
+    if fitted is None:
+        return coverage
+    coverage = changed_by(coverage, [fitted.adapter.tensors[name] for name in fitted.elsewhere])
+    if target.adapter is None:
+        return coverage
+    # What was compared is the base with a base; these files are not the adapter's.
+    return replace(coverage, files_equal=0, files_differing=(), files_unknown=(), files_added=())
+
+
+def facts_of(
+    target: Checkpoint, base: Base, coverage: Coverage, projectors: Sequence[Projector]
+) -> Facts:
+    """What the metrics of the checkpoint are asked about: two models beside their projectors."""
+
+    def roles(of: Projector) -> dict[str, str]:
+        biases = {f"{layer.role}.bias": layer.bias for layer in of.linears if layer.bias}
+        unknown = {name.removeprefix(of.prefix): name for name in of.unexpected}
+        return {**biases, **of.vectors, **unknown}
+
+    added: list[str] = []
+    missing: list[str] = []
+    epsilons: list[str] = []
+    partners = [counterpart(projector, base).projector for projector in projectors]
+    for projector, partner in zip(projectors, partners, strict=True):
+        ours, theirs = roles(projector), roles(partner)
+        if projector.norm_eps != partner.norm_eps:
+            epsilons.append(f"epsilon of the norms: {partner.norm_eps:g} → {projector.norm_eps:g}")
+        added += {*projector.unexpected, *(ours[role] for role in ours.keys() - theirs.keys())}
+        missing += [theirs[role] for role in theirs.keys() - ours.keys()]
+    if coverage.config_compared:  # a file alone need not be the whole model
+        taken = {partner.tensors for partner in partners}
+        gone = [other for other in base.projectors if other.tensors not in taken]
+        missing += [name for projector in gone for name in projector.tensors]
+        changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
+        coverage = replace(coverage, config_changes=changes)
+    return Facts(
+        target=identity(target.origin),
+        base=identity(base.checkpoint.source),
+        provenance=base.provenance,
+        asked_base=base.asked,
+        circular=base.circular,
+        coverage=coverage,
+        checkpoint=target,
+        code=_code(target),
+        added=sorted(added),
+        missing=sorted(missing),
+    )
+
+
+def _code(target: Checkpoint) -> tuple[str, ...]:
+    """What remote code would run; an adapter's beside its base's."""
+    if target.adapter is None:
+        return code_of(target)
+    own = code_of(replace(target, source=target.adapter, config=None))
+    return (*code_of(target), *own)

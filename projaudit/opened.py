@@ -1,0 +1,208 @@
+"""The target and its bases, opened: their weights, and the projectors in each reading of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from projaudit.base import Candidate, candidates, lineage
+from projaudit.checkpoint import Checkpoint, open_checkpoint
+from projaudit.errors import (
+    BaseError,
+    FormatError,
+    NothingError,
+    ProjauditError,
+    UnsupportedError,
+)
+from projaudit.inert import clean
+from projaudit.mmproj import locate_mmproj
+from projaudit.peft_config import WEIGHTS, Adapter, not_read
+from projaudit.projector import Projector, locate, require_readable
+from projaudit.readings import Reading
+from projaudit.report import Identity, Provenance
+from projaudit.session import Session
+from projaudit.source import Ref, Source
+from projaudit.weight_files import Ambiguity
+
+Found = tuple[Reading, tuple[Projector, ...]]
+"""A reading, and the projectors in it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that was opened: the first of its lineage that has a projector."""
+
+    asked: str
+    """Repository that was asked for, before any rename."""
+    checkpoint: Checkpoint
+    projectors: tuple[Projector, ...]
+    provenance: Provenance
+    circular: bool
+
+
+def open_target(
+    session: Session,
+    source: Source,
+    adapter: Adapter | None,
+    base: Sequence[Ref],
+    pins: Mapping[str, str],
+) -> Checkpoint:
+    """The target's weights; of an adapter alone those of its base, as transformers loads them."""
+    try:
+        return open_checkpoint(source)
+    except UnsupportedError as error:
+        if error.code != "unsupported.adapter":
+            raise
+        if adapter is None:
+            raise not_read(source) from None
+    named = candidates(source, None, option=base, pins=pins)[0]
+    whole = open_checkpoint(session.source(named.ref))
+    beside = [
+        path
+        for path in source.files
+        if path != WEIGHTS
+        and (path.startswith("adapter_model") or ("/" in path and path.endswith(".safetensors")))
+    ]
+    says = "weights beside the adapter, which are taken where they are asked for; not read"
+    notes = [Ambiguity("adapter-beside", f"{clean(path, 80)}: {says}", (path,)) for path in beside]
+    readings = whole.readings[:1]
+    return replace(whole, readings=readings, ambiguities=tuple(notes[:20]), adapter=source)
+
+
+def found_in(target: Checkpoint) -> list[Found]:
+    """The projectors of every reading; first of the first that has any, which is audited first.
+
+    Raises NothingError (`nothing.projector`) where there is none, and what locating raises; a
+    pickle beside the weights whose projector cannot be read has none.
+    """
+    found = [(target.readings[0], projectors_of(target.readings[0], target))]
+    found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
+    first = next((i for i, pair in enumerate(found) if pair[1] and _counts(i, pair[0])), None)
+    if first is None:
+        raise _no_projector(target)
+    return [found.pop(first), *found]
+
+
+def _counts(number: int, reading: Reading) -> bool:
+    """Whether a reading may be what is audited first: a projector may lie in a GGUF file alone."""
+    return number == 0 or reading.metadata is not None
+
+
+def _no_projector(target: Checkpoint) -> NothingError:
+    architectures = (target.config or {}).get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    what = f" ({clean(named)})" if named else ""
+    return NothingError(
+        f"has no projector{what} among {len(target.readings[0].tensors)} tensors",
+        "projector",
+        file=clean(target.source.name),
+        remedy="a text model has nothing to audit",
+    )
+
+
+def projectors_of(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, ...]:
+    """The projectors of a reading, all of them readable; none where there is none.
+
+    Raises what locating them and `require_readable` raise, with the checkpoint's name.
+    """
+    try:
+        if reading.metadata is None:
+            found = locate(reading.shapes, checkpoint.config)
+        else:
+            found = locate_mmproj(reading.shapes, reading.metadata)
+        for projector in found:
+            require_readable(projector, reading.unread)
+        return found
+    except ProjauditError as error:
+        error.file = error.file or clean(checkpoint.source.name)
+        raise
+
+
+def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
+    """The projectors of a reading besides the first; none where a pickle's are not readable."""
+    try:
+        return projectors_of(reading, target)
+    except (FormatError, UnsupportedError):
+        if is_pickled(reading):
+            return ()
+        raise
+
+
+def is_pickled(reading: Reading) -> bool:
+    """Whether a reading is of a pickle beside the weights."""
+    return reading.label.startswith("pickle-beside")
+
+
+def open_bases(
+    session: Session,
+    target: Checkpoint,
+    option: Sequence[Ref],
+    pins: Mapping[str, str],
+    *,
+    required: bool,
+) -> tuple[list[Base], str]:
+    """The bases, or why there is none where one is not required: behaviour can be heard alone."""
+    with session.stage("open base"):
+        try:
+            named = candidates(
+                target.origin,
+                target.config if target.adapter is None else None,
+                option=option,
+                pins=pins,
+                metadata=target.readings[0].metadata,
+            )
+        except BaseError as error:
+            if required or error.code != "base.none":
+                raise
+            return [], error.message
+        return [open_base(session, candidate) for candidate in named], ""
+
+
+def open_base(session: Session, candidate: Candidate) -> Base:
+    """The first of a candidate's lineage that has a projector.
+
+    Raises BaseError (`base.no-projector`) where none has, and what opening raises.
+    """
+    first = session.source(candidate.ref)
+    chain, circular = lineage(first, session.source)
+    provenance = replace(
+        candidate.provenance, lineage=tuple(identity(source).name for source in chain)
+    )
+    for source in chain:
+        try:
+            checkpoint = open_checkpoint(source)
+        except NothingError:
+            continue
+        projectors = projectors_of(checkpoint.readings[0], checkpoint)
+        if projectors:
+            asked = source.name if candidate.ref.repo is None or source is not first else None
+            return Base(
+                asked or str(candidate.ref.repo), checkpoint, projectors, provenance, circular
+            )
+    raise BaseError(
+        "has no projector" + (", nor has any base of it" if len(chain) > 1 else ""),
+        "no-projector",
+        file=clean(first.name),
+        remedy="name the multimodal model that this one was made from with --base",
+    )
+
+
+def identity(source: Source) -> Identity:
+    """Who a source is; the name is the one that the server answered with."""
+    return Identity(
+        ref=source.ref.text,
+        kind=source.ref.kind,
+        name=getattr(source, "id", source.name),
+        revision=source.ref.revision,
+        commit=source.commit,
+        endpoint=getattr(source, "endpoint", None),
+        gated=bool(getattr(source, "gated", False)),
+        private=bool(getattr(source, "private", False)),
+        from_cache=bool(getattr(source, "from_cache", False)),
+    )
+
+
+def name_of(source: Source) -> str:
+    """The name of a repository, with its commit where there is one."""
+    name = identity(source).name
+    return f"{name}@{source.commit}" if source.commit else name
