@@ -9,7 +9,7 @@ from projaudit.adapters import Fit
 from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
 from projaudit.coverage import changed_by, code_of, compare
-from projaudit.opened import Base, Found, identity, name_of
+from projaudit.opened import Base, Found, identity, name_of, stored_names
 from projaudit.projector import Projector
 from projaudit.report import Coverage
 from projaudit.sides import Side
@@ -41,18 +41,11 @@ def coverage_of(
     coverage = compare(
         target,
         base.checkpoint,
-        audited=_stored_names(first),
-        audited_base=_stored_names((base.checkpoint.readings[0], base.projectors)),
+        audited=stored_names(first),
+        audited_base=stored_names((base.checkpoint.readings[0], base.projectors)),
         seed=seed,
     )
     return _with_adapter(coverage, target, fitted)
-
-
-def _stored_names(found: Found) -> frozenset[str]:
-    """The stored tensors that the projectors of a reading are made of."""
-    reading, projectors = found
-    names = [name for projector in projectors for name in projector.tensors]
-    return frozenset(info.name for name in names for info in reading.parts(name))
 
 
 def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:

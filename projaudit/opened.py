@@ -133,6 +133,13 @@ def is_pickled(reading: Reading) -> bool:
     return reading.label.startswith("pickle-beside")
 
 
+def stored_names(found: Found) -> frozenset[str]:
+    """The stored tensors that the projectors of a reading are made of."""
+    reading, projectors = found
+    names = [name for projector in projectors for name in projector.tensors]
+    return frozenset(info.name for name in names for info in reading.parts(name))
+
+
 def open_bases(
     session: Session,
     target: Checkpoint,

@@ -9,9 +9,18 @@ from itertools import pairwise
 from projaudit.adapters import Applied, Fit, apply, fit
 from projaudit.base import named_by_adapter
 from projaudit.checkpoint import Checkpoint, Weight, load_weights
+from projaudit.coverage import compare_rest
 from projaudit.errors import FormatError, NothingError, ProjauditError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.opened import Base, Found, is_pickled, name_of, open_base, projectors_of
+from projaudit.opened import (
+    Base,
+    Found,
+    is_pickled,
+    name_of,
+    open_base,
+    projectors_of,
+    stored_names,
+)
 from projaudit.peft_config import WEIGHTS, Adapter
 from projaudit.projector import Projector
 from projaudit.quantised import rewrites
@@ -105,7 +114,7 @@ def sides_of(
 
     An adapter is a reading of its own, of the projectors that it changes; alone, the only one.
     The target comes back with what that says of its ambiguities: which pickles hold the same
-    projector, which hold one that cannot be compared, and which projector's tensors share memory.
+    projector and rest, which hold others or none that compares, and whose tensors share memory.
     """
 
     def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[object, ...]]:
@@ -128,7 +137,7 @@ def sides_of(
                 notes[at] = replace(notes[at], message=says)
                 continue
             if alike:
-                notes[at] = replace(notes[at], kind="equal-pickle")
+                notes[at] = _repeated(notes[at], target, found[0], found[number], session)
                 continue
         if number and reading.metadata is not None and found[0][0].metadata is not None:
             notes += _otherwise(new, sides[: len(found[0][1])])
@@ -146,6 +155,29 @@ def sides_of(
         note = Ambiguity("adapter-beside", clean(unread, 300), ("adapter_config.json",))
         target = replace(target, ambiguities=(*target.ambiguities, note))
     return target, [*sides, *adapted, *more]
+
+
+def _repeated(
+    note: Ambiguity, target: Checkpoint, first: Found, other: Found, session: Session
+) -> Ambiguity:
+    """What there is to say of a pickle with the first reading's projector: of the rest in it."""
+    ours, theirs = (
+        {name: info for name, info in reading.tensors.items() if name not in audited}
+        for reading, audited in ((found[0], stored_names(found)) for found in (first, other))
+    )
+    try:
+        parts = compare_rest(target.source, ours, theirs, seed=session.settings.seed)
+    except FormatError as error:
+        return replace(note, message=f"{note.message}; the same projector, but its rest {error}")
+    if differing := [f"{part.name}: {part.how}" for part in parts if part.status == "differs"]:
+        says = f"{note.message}; the same projector, and another {', '.join(differing)}"
+        return replace(note, message=says)
+    rest = "holds the same rest of the model, too" if parts else "holds nothing else"
+    if any(part.status == "not-looked-at" for part in parts):
+        rest = "holds a rest of the model that was not compared"
+    elif any(part.status == "sampled-equal" for part in parts):
+        rest = "holds the same rest of the model where it was sampled"
+    return replace(note, kind="equal-pickle", message=f"{clean(note.files[0], 80)} {rest}")
 
 
 def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:

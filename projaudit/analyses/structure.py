@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from projaudit.chain import activations, acts
 from projaudit.checkpoint import Checkpoint
-from projaudit.inert import clean
 from projaudit.metrics import Skip, Value, measures
 from projaudit.report import Coverage, Identity, Provenance
 
@@ -99,7 +98,7 @@ def ambiguous_sources(facts: Facts) -> Value:
 def repeated_projectors(facts: Facts) -> Value:
     """Number of pickled files that hold the audited projector once more, byte by byte."""
     found = [a for a in facts.checkpoint.ambiguities if a.kind == "equal-pickle"]
-    return Value(float(len(found)), tuple(clean(a.files[0], 80) for a in found))
+    return Value(float(len(found)), tuple(a.message for a in found))
 
 
 @measures("checkpoint", kind="structure", unit="files")
