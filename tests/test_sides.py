@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import P, Tensors, llava, save, tuned
+from models import CONFIG, P, Tensors, llava, save, tuned
 
 import projaudit
+from projaudit.audit import explained
 from projaudit.findings import Verdict
 
 BASE = llava(0)
@@ -108,3 +109,31 @@ def test_a_rest_that_is_not_at_hand_or_only_sampled_is_said(
     assert "a rest of the model that was not compared" in told(
         audit(folder, base), "projector-repeated"
     )
+
+
+# A class that no family lists
+
+
+@pytest.mark.parametrize("named", ["TinyForCausalLM", "Qwen2VLForConditionalGeneration"])
+def test_a_class_of_no_family_or_of_another_is_told_and_no_pass(tmp_path: Path, named: str) -> None:
+    """Its names and shapes are LLaVA's; which activation stands between them nobody has said."""
+    config = {**CONFIG, "architectures": [named]}
+    base = save(tmp_path / "base", BASE, config=config)
+    report = audit(save(tmp_path / "tuned", TUNED, config=config), base)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert told(report, "function-unknown")
+    (projector,) = report.projectors
+    assert (projector.family, projector.chain) == ("llava", ())
+    assert projector.reading.endswith(f"; for {named}, a class that the family does not list")
+    assert any(m.metric == "stable_rank" for m in report.measurements)
+    (found, why), *_ = explained(str(base)).found
+    assert not found.chain
+    assert f"not the class, {named}" in why
+
+
+@pytest.mark.parametrize("config", [CONFIG, {**CONFIG, "architectures": None}])
+def test_a_class_that_is_listed_or_not_named_is_of_its_family(tmp_path: Path, config: dict) -> None:
+    base = save(tmp_path / "base", BASE, config=config)
+    report = audit(save(tmp_path / "tuned", TUNED, config=config), base)
+    assert report.verdict is Verdict.PASS
+    assert "a class" not in report.projectors[0].reading
