@@ -8,7 +8,7 @@ from dataclasses import replace
 from projaudit.adapters import Fit
 from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
-from projaudit.coverage import changed_by, code_of, compare
+from projaudit.coverage import adapter_config_changes, changed_by, code_of, compare
 from projaudit.opened import Base, Found, identity, name_of, stored_names
 from projaudit.projector import Projector
 from projaudit.report import Coverage
@@ -45,18 +45,23 @@ def coverage_of(
         audited_base=stored_names((base.checkpoint.readings[0], base.projectors)),
         seed=seed,
     )
-    return _with_adapter(coverage, target, fitted)
+    return _with_adapter(coverage, target, base, fitted)
 
 
-def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
+def _with_adapter(
+    coverage: Coverage, target: Checkpoint, base: Base, fitted: Fit | None
+) -> Coverage:
     """The coverage, with what an adapter changes outside the projector."""
     if fitted is None:
         return coverage
     coverage = changed_by(coverage, [fitted.adapter.tensors[name] for name in fitted.elsewhere])
     if target.adapter is None:
         return coverage
+    says = adapter_config_changes(target.adapter, base.checkpoint)
+    changes = tuple(dict.fromkeys((*coverage.config_changes, *says)))
     # What was compared is the base with a base; these files are not the adapter's.
-    return replace(coverage, files_equal=0, files_differing=(), files_unknown=(), files_added=())
+    coverage = replace(coverage, files_equal=0, files_differing=(), files_unknown=())
+    return replace(coverage, files_added=(), config_changes=changes)
 
 
 def facts_of(

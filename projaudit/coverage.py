@@ -363,6 +363,16 @@ def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
         yield from _changed_configs(target, base)
 
 
+def adapter_config_changes(adapter: Source, base: Checkpoint) -> tuple[str, ...]:
+    """What an adapter's own config.json says otherwise than the base's, where both are of one
+    model type: loaders of original LLaVA take the adapter's."""
+    config = _json(adapter, "config.json")
+    if not config or config.get("model_type") != (base.config or {}).get("model_type"):
+        return ()
+    own = replace(base, config=config)
+    return tuple(dict.fromkeys(_changed_configs(own, base)))
+
+
 def _changed_configs(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
     ours, theirs = target.config, base.config
     if ours is not None and theirs is not None:

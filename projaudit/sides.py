@@ -21,7 +21,7 @@ from projaudit.opened import (
     projectors_of,
     stored_names,
 )
-from projaudit.peft_config import WEIGHTS, Adapter
+from projaudit.peft_config import Adapter
 from projaudit.projector import Projector
 from projaudit.quantised import rewrites
 from projaudit.readings import Reading, parameter, place_of
@@ -236,7 +236,8 @@ def _sharing(side: Side) -> Ambiguity | None:
 def _adapted(target: Checkpoint, first: Found, fitted: Fit) -> list[Side]:
     """The projectors that an adapter changes, with it merged into them."""
     on = "the weights beside it" if target.adapter is None else name_of(target.source)
-    why = f"{WEIGHTS} ({clean(fitted.adapter.method, 20)}), merged into {on}"
+    files = " and ".join(fitted.files or (fitted.adapter.file,))
+    why = f"{files} ({clean(fitted.adapter.method, 20)}), merged into {on}"
     reading = replace(first[0], label="adapter", why=why)
     return [
         Side(target, reading, projector, name_of(target.origin), fitted)

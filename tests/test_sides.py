@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from models import CONFIG, P, Tensors, llava, save, tuned
+from safetensors.torch import save_file
 
 import projaudit
 from projaudit.audit import explained
@@ -137,3 +140,149 @@ def test_a_class_that_is_listed_or_not_named_is_of_its_family(tmp_path: Path, co
     report = audit(save(tmp_path / "tuned", TUNED, config=config), base)
     assert report.verdict is Verdict.PASS
     assert "a class" not in report.projectors[0].reading
+
+
+# Files beside an adapter
+
+ORIGINAL = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava_llama",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "hidden_size": 64,
+}
+LORA = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+
+
+def original(tensors: Tensors, prefix: str = "") -> Tensors:
+    """The names of the original LLaVA's own code."""
+    renames = {
+        f"{P}linear_1": "model.mm_projector.0",
+        f"{P}linear_2": "model.mm_projector.2",
+        "language_model.model.": "model.",
+        "language_model.lm_head": "lm_head",
+        "vision_tower.": "model.vision_tower.vision_tower.",
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        old = next(o for o in renames if name.startswith(o))
+        found[prefix + renames[old] + name.removeprefix(old)] = tensor.clone()
+    return found
+
+
+def adapter(folder: Path, tensors: Tensors, base: str | None = "org/base") -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def on_language_model() -> Tensors:
+    return {f"{LORA}A.weight": torch.ones(4, 64), f"{LORA}B.weight": torch.ones(96, 4)}
+
+
+def on_projector() -> Tensors:
+    torch.manual_seed(0)
+    stem = "base_model.model.model.multi_modal_projector.linear_1.lora_"
+    return {f"{stem}A.weight": torch.randn(4, 48), f"{stem}B.weight": torch.randn(64, 4) * 0.01}
+
+
+def llava_lora(folder: Path, *, torch_adapter: bool = False, config: dict | None = None) -> Path:
+    """What LLaVA's train.py writes with --lora_enable: the projector lies beside the adapter."""
+    adapter(folder, on_language_model())
+    if torch_adapter:
+        torch.save(on_language_model(), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+    projector = {n: t for n, t in TUNED.items() if P in n}
+    trained = original(projector, "base_model.model.")
+    torch.save(trained, folder / "non_lora_trainables.bin")
+    (folder / "config.json").write_text(json.dumps(config or ORIGINAL))
+    return folder
+
+
+@pytest.mark.parametrize("torch_adapter", [False, True])
+def test_a_llava_lora_is_audited_by_the_projector_beside_it(
+    tmp_path: Path, torch_adapter: bool
+) -> None:
+    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    folder = llava_lora(tmp_path / "lora", torch_adapter=torch_adapter)
+    report = audit(folder, base)
+    twin = audit(save(tmp_path / "twin", original(TUNED), config=ORIGINAL), base)
+    ours, theirs = (
+        {(m.metric, m.subject): m.value for m in r.measurements if "projector" in m.subject}
+        for r in (report, twin)
+    )
+    assert ours
+    assert ours == pytest.approx(theirs)
+    assert report.verdict is twin.verdict is Verdict.PASS
+    assert report.projectors[0].reading.startswith("adapter: non_lora_trainables.bin (LORA)")
+    parts = {part.name: part for part in report.coverage.parts}
+    assert parts["language model"].status == "differs"
+    assert parts["language model"].how == "2 tensors of the adapter change it"
+
+
+def test_a_llava_lora_that_is_fed_otherwise_than_its_base_is_told(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    other = {**ORIGINAL, "mm_vision_select_layer": -1}
+    report = audit(llava_lora(tmp_path / "lora", config=other), base)
+    assert "mm_vision_select_layer: -2 → -1" in told(report, "config-changed")
+
+
+def test_a_llava_lora_on_a_text_model_wants_a_base_with_a_projector(tmp_path: Path) -> None:
+    text = {n: t for n, t in original(BASE).items() if "mm_projector" not in n}
+    base = save(tmp_path / "base", text, config=ORIGINAL)
+    with pytest.raises(projaudit.ProjauditError, match="has no projector") as caught:
+        audit(llava_lora(tmp_path / "lora"), base)
+    assert caught.value.code == "base.no-projector"
+    assert "--base" in str(caught.value.remedy)
+
+
+def test_one_tensor_in_both_files_of_a_llava_lora_is_refused(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    folder = llava_lora(tmp_path / "lora")
+    name = "base_model.model.model.mm_projector.0.weight"
+    save_file(
+        {**on_language_model(), name: torch.ones(64, 48)}, folder / "adapter_model.safetensors"
+    )
+    with pytest.raises(projaudit.ProjauditError, match=r"mm_projector\.0\.weight") as caught:
+        audit(folder, base)
+    assert caught.value.code == "format.adapter"
+
+
+JUNK: dict[str, Callable[[Path], object]] = {
+    "stray.safetensors": lambda file: save_file({"unheard.of": torch.ones(2)}, file),
+    "model.safetensors": lambda file: save_file({"model.norm.weight": torch.ones(64)}, file),
+    "stray.bin": lambda file: torch.save({"unheard.of": torch.ones(2)}, file),
+    "legacy.bin": lambda file: torch.save(
+        {"x": torch.ones(2)}, file, _use_new_zipfile_serialization=False
+    ),
+    "nothing.safetensors": lambda file: save_file({}, file),
+    "checkpoint-1/adapter_model.safetensors": lambda file: save_file(on_projector(), file),
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_weights_without_a_projector_do_not_hide_an_adapter(
+    tmp_path: Path, base: Path, name: str
+) -> None:
+    folder = adapter(tmp_path / "a", on_projector())
+    alone = audit(folder, base)
+    assert alone.verdict is Verdict.PASS
+    (folder / name).parent.mkdir(exist_ok=True)
+    JUNK[name](folder / name)
+    report = audit(folder, base)
+    assert f"{name}: weights beside the adapter" in told(report, "ambiguous-sources")
+    assert report.verdict is Verdict.INCONCLUSIVE
+    norms = [
+        [m.value for m in r.measurements if m.metric == "relative_norm"] for r in (report, alone)
+    ]
+    assert norms[0] == norms[1] != []
+
+
+def test_a_text_model_and_its_adapter_have_nothing_to_audit(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", on_language_model(), base=None)
+    save(folder, {"model.norm.weight": torch.ones(64)}, config={"architectures": ["LlamaModel"]})
+    with pytest.raises(projaudit.ProjauditError) as caught:
+        projaudit.check(str(folder), seed=1, depth="weights")
+    assert caught.value.code == "nothing.projector"
