@@ -35,6 +35,7 @@ class Base:
     asked: str
     """Repository that was asked for, before any rename."""
     checkpoint: Checkpoint
+    """Its first reading is the one with the projectors: a GGUF file's beside a text model's."""
     projectors: tuple[Projector, ...]
     provenance: Provenance
     circular: bool
@@ -217,13 +218,22 @@ def open_base(session: Session, candidate: Candidate) -> Base:
             checkpoint = open_checkpoint(source)
         except NothingError:
             continue
-        projectors = projectors_of(checkpoint.readings[0], checkpoint)
+        checkpoint, projectors = _first_with_projectors(checkpoint)
         if projectors:
             asked = source.name if candidate.ref.repo is None or source is not first else None
             return Base(
                 asked or str(candidate.ref.repo), checkpoint, projectors, provenance, circular
             )
     raise _no_base_projector(first, ", nor has any base of it" if len(chain) > 1 else "")
+
+
+def _first_with_projectors(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[Projector, ...]]:
+    """A base's projectors, and the base with their reading as its first."""
+    for number, reading in enumerate(checkpoint.readings):
+        if _counts(number, reading) and (found := projectors_of(reading, checkpoint)):
+            others = (other for other in checkpoint.readings if other is not reading)
+            return replace(checkpoint, readings=(reading, *others)), found
+    return checkpoint, ()
 
 
 def _no_base_projector(source: Source, more: str = "") -> BaseError:

@@ -518,13 +518,13 @@ def require_readable(
     name = projector.packed[0]
     if _ADAPTER.search(name):
         raise UnsupportedError(
-            f"{clean(name)} is an adapter's, which is not merged yet",
+            f"{clean(name)} is an adapter's, of which only peft's own files are merged",
             "adapter",
             field=clean(projector.prefix),
             remedy="merge it into its base and check the result",
         )
     raise UnsupportedError(
-        f"{clean(name)} is quantised or packed, which is not read yet",
+        f"{clean(name)} is quantised or packed in a way that is not read",
         "quantised",
         field=clean(projector.prefix),
         remedy="check the full-precision repository that it was made from",

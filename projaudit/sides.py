@@ -253,7 +253,7 @@ def _on_named_base(
     beside it: from a Hub, and from a folder without config.json. Or why that cannot be read."""
     source = target.source
     named = named_by_adapter(adapter.config)
-    if (source.ref.kind == "local" and "config.json" in source.files) or named is None:
+    if (source.ref.kind != "hub" and "config.json" in source.files) or named is None:
         return [], ""
     repo, revision = str(named.ref.repo), named.ref.revision
     try:

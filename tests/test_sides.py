@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 import projaudit
 from projaudit.audit import explained
 from projaudit.findings import Verdict
+from projaudit.session import Session
+from projaudit.source import Ref, Source
 
 BASE = llava(0)
 TUNED = tuned(BASE, 0.05)
@@ -114,6 +117,17 @@ def test_a_rest_that_is_not_at_hand_or_only_sampled_is_said(
     )
 
 
+def test_a_pickled_projector_with_more_layers_is_another_one(tmp_path: Path, base: Path) -> None:
+    """With the very same bytes in the layers that both have."""
+    folder = save(tmp_path / "both", TUNED)
+    more = {f"{P}linear_3.weight": torch.eye(64), f"{P}linear_3.bias": torch.zeros(64)}
+    torch.save({**TUNED, **more}, folder / "pytorch_model.bin")
+    report = audit(folder, base)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert not told(report, "projector-repeated")
+    assert "holds no projector of that form" in told(report, "ambiguous-sources")
+
+
 # A class that no family lists
 
 
@@ -171,7 +185,7 @@ def original(tensors: Tensors, prefix: str = "") -> Tensors:
 
 
 def adapter(folder: Path, tensors: Tensors, base: str | None = "org/base") -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -286,3 +300,24 @@ def test_a_text_model_and_its_adapter_have_nothing_to_audit(tmp_path: Path) -> N
     with pytest.raises(projaudit.ProjauditError) as caught:
         projaudit.check(str(folder), seed=1, depth="weights")
     assert caught.value.code == "nothing.projector"
+
+
+@pytest.mark.parametrize("kind", ["local", "s3", "mlflow"])
+def test_weights_fetched_from_a_bucket_take_the_adapter_as_a_folder_does(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Only of a Hub's repository does transformers load the base that the adapter names."""
+    folder = save(adapter(tmp_path / "a", on_projector()), TUNED)
+    opened = Session._opened
+
+    def open_as(self: Session, ref: Ref) -> Source:
+        assert ref.kind != "hub"
+        source = opened(self, ref)
+        fetched = source.name == str(folder)
+        return replace(source, ref=replace(source.ref, kind=kind)) if fetched else source
+
+    monkeypatch.setattr(Session, "_opened", open_as)
+    report = audit(folder, base)
+    assert [p.reading.split(":")[0] for p in report.projectors] == ["main", "adapter"]
+    assert "which the adapter names" not in told(report, "ambiguous-sources")
+    assert "was not read" not in told(report, "ambiguous-sources")
