@@ -216,13 +216,16 @@ def llava_lora(folder: Path, *, torch_adapter: bool = False, config: dict | None
 
 
 @pytest.mark.parametrize("torch_adapter", [False, True])
+@pytest.mark.parametrize("converted", [False, True])
 def test_a_llava_lora_is_audited_by_the_projector_beside_it(
-    tmp_path: Path, torch_adapter: bool
+    tmp_path: Path, torch_adapter: bool, converted: bool
 ) -> None:
-    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    """On a base under its own names, and on one that transformers' converter renamed."""
+    names, config = ((lambda of: of), CONFIG) if converted else (original, ORIGINAL)
+    base = save(tmp_path / "base", names(BASE), config=config)
     folder = llava_lora(tmp_path / "lora", torch_adapter=torch_adapter)
     report = audit(folder, base)
-    twin = audit(save(tmp_path / "twin", original(TUNED), config=ORIGINAL), base)
+    twin = audit(save(tmp_path / "twin", names(TUNED), config=config), base)
     ours, theirs = (
         {(m.metric, m.subject): m.value for m in r.measurements if "projector" in m.subject}
         for r in (report, twin)
