@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from projaudit.adapters import Fit
@@ -10,7 +9,7 @@ from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
 from projaudit.coverage import adapter_config_changes, changed_by, code_of, compare
 from projaudit.opened import Base, Found, identity, name_of, stored_names
-from projaudit.projector import Projector
+from projaudit.projector import Projector, undeclared
 from projaudit.report import Coverage
 from projaudit.sides import Side
 
@@ -64,9 +63,7 @@ def _with_adapter(
     return replace(coverage, files_added=(), config_changes=changes)
 
 
-def facts_of(
-    target: Checkpoint, base: Base, coverage: Coverage, projectors: Sequence[Projector]
-) -> Facts:
+def facts_of(target: Checkpoint, base: Base, coverage: Coverage, first: Found) -> Facts:
     """What the metrics of the checkpoint are asked about: two models beside their projectors."""
 
     def roles(of: Projector) -> dict[str, str]:
@@ -77,8 +74,8 @@ def facts_of(
     added: list[str] = []
     missing: list[str] = []
     epsilons: list[str] = []
-    partners = [counterpart(projector, base).projector for projector in projectors]
-    for projector, partner in zip(projectors, partners, strict=True):
+    partners = [counterpart(projector, base).projector for projector in first[1]]
+    for projector, partner in zip(first[1], partners, strict=True):
         ours, theirs = roles(projector), roles(partner)
         if projector.norm_eps != partner.norm_eps:
             epsilons.append(f"epsilon of the norms: {partner.norm_eps:g} → {projector.norm_eps:g}")
@@ -99,9 +96,22 @@ def facts_of(
         coverage=coverage,
         checkpoint=target,
         code=_code(target),
+        classes=_classes(target, base, first),
         added=sorted(added),
         missing=sorted(missing),
     )
+
+
+def _classes(target: Checkpoint, base: Base, first: Found) -> tuple[str, ...]:
+    """The classes that the configs name and the families of their projectors do not list."""
+    theirs = (base.checkpoint.readings[0], base.projectors)
+    found = [
+        undeclared(projector, checkpoint.config or {})
+        for checkpoint, (reading, projectors) in ((target, first), (base.checkpoint, theirs))
+        if reading.metadata is None  # else it is a GGUF file, which says itself what it is
+        for projector in projectors
+    ]
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _code(target: Checkpoint) -> tuple[str, ...]:

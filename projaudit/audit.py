@@ -178,7 +178,7 @@ def _audit(
         with session.stage("compare the rest"):
             seed = session.settings.seed
             coverages.append(coverage_of(target, base, found[0], fitted, seed=seed))
-        facts = facts_of(target, base, coverages[-1], found[0][1])
+        facts = facts_of(target, base, coverages[-1], found[0])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
     for side in sides if len(bases) > 1 else ():

@@ -11,9 +11,8 @@ from projaudit.analyses import ProjectorContext, alignment, probes, run, spectra
 from projaudit.checkpoint import Weight
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
-from projaudit.inert import clean
 from projaudit.peft_methods import widened
-from projaudit.projector import Projector, undeclared
+from projaudit.projector import Projector
 from projaudit.report import AuditedProjector, Layer, TensorRead
 from projaudit.session import Session, Settings
 from projaudit.sides import Side
@@ -233,14 +232,11 @@ def _tensors_read(
 
 def _audited(subject: str, target: Side, base: Side) -> AuditedProjector:
     partners = {layer.role: layer.weight for layer in base.projector.linears}
-    projector, reading = target.projector, f"{target.reading.label}: {target.reading.why}"
-    config = target.checkpoint.config if target.reading.metadata is None else None
-    if other := undeclared(projector, config or {}):
-        reading += f"; for {clean(other, 80)}, a class that the family does not list"
+    projector = target.projector
     return AuditedProjector(
         subject=subject,
         family=projector.family,
-        reading=reading,
+        reading=f"{target.reading.label}: {target.reading.why}",
         layers=tuple(
             Layer(layer.role, layer.weight, layer.shape, partners.get(layer.role), bool(layer.bias))
             for layer in projector.linears

@@ -162,22 +162,22 @@ def _repeated(
 ) -> Ambiguity:
     """What there is to say of a pickle with the first reading's projector: of the rest in it."""
     ours, theirs = (
-        {name: info for name, info in reading.tensors.items() if name not in audited}
+        {name: info for name, info in reading.tensors.items() if info.name not in audited}
         for reading, audited in ((found[0], stored_names(found)) for found in (first, other))
     )
     try:
         parts = compare_rest(target.source, ours, theirs, seed=session.settings.seed)
     except FormatError as error:
-        return replace(note, message=f"{note.message}; the same projector, but its rest {error}")
+        return replace(note, message=f"{note.message}; the same projector; of the rest: {error}")
+    file = clean(note.files[0], 80)
     if differing := [f"{part.name}: {part.how}" for part in parts if part.status == "differs"]:
-        says = f"{note.message}; the same projector, and another {', '.join(differing)}"
-        return replace(note, message=says)
+        return replace(note, message=f"{file}: the same projector, another {', '.join(differing)}")
     rest = "holds the same rest of the model, too" if parts else "holds nothing else"
     if any(part.status == "not-looked-at" for part in parts):
         rest = "holds a rest of the model that was not compared"
     elif any(part.status == "sampled-equal" for part in parts):
         rest = "holds the same rest of the model where it was sampled"
-    return replace(note, kind="equal-pickle", message=f"{clean(note.files[0], 80)} {rest}")
+    return replace(note, kind="equal-pickle", message=f"{file} {rest}")
 
 
 def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
