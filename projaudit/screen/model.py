@@ -1,0 +1,223 @@
+"""A model with its processor, out of a staged snapshot: safetensors, and no code of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from projaudit.adapters import CONFIG as ADAPTER_CONFIG
+from projaudit.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from projaudit.adapters import read_adapter
+from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.stage import stage
+from projaudit.checkpoint import open_checkpoint
+from projaudit.errors import FormatError, UnsupportedError, UsageError
+from projaudit.inert import clean
+from projaudit.session import Session, find_device, settle
+from projaudit.source import Source, parse_ref
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "peft")
+# adapter_config.json: what peft reads when it puts an adapter into a model that is at hand. The
+# others name repositories, files and modules, or are for training.
+_ADAPTER_KEYS = {
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "bias",
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out", "lora_bias", "target_parameters", "init_r", "target_r",
+    "decompose_both", "decompose_factor", "use_effective_conv2d", "feedforward_modules",
+    "rank_dropout", "module_dropout", "alpha", "task_type",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What runs: a model in evaluation mode, its processor, and where."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+    image_token: int
+    """The id of the token that stands for one image feature."""
+    longest: int
+    """Tokens that the language model has places for."""
+    about: dict[str, Any]
+    """`commit`, `digest`, `device`, `dtype`, `versions`, `template`, `adapter_…`."""
+
+
+@contextmanager
+def opened(
+    model: str,
+    *,
+    adapter: str | None = None,
+    device: str = "auto",
+    offline: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Loaded]:
+    """The model of a folder or a Hub repository, with an adapter of peft put into it, not merged.
+
+    float32 on a CPU, bfloat16 on a GPU. Raises UnsupportedError (`unsupported.model`: it cannot be
+    run from a staged snapshot, has no image tokens or no chat template; `unsupported.adapter`;
+    `unsupported.extra`), UsageError (`usage.device`), and what opening sources raises.
+    """
+    missing = [n for n in ("transformers", "accelerate", "PIL", "pyarrow") if find_spec(n) is None]
+    if adapter is not None and find_spec("peft") is None:
+        missing.append("peft")
+    if missing:
+        says = f"{', '.join(missing)} is not installed"
+        raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
+    place = find_device(device)
+    settings = settle({}, device=device, rank=None, seed=0, verify=None, offline=offline)
+    with (
+        Session(settings, progress, None) as session,
+        tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder,
+    ):
+        source = session.source(parse_ref(model))
+        staged = _staged(source, Path(folder) / "model")
+        about: dict[str, Any] = {
+            "commit": source.commit,
+            "digest": _digest(staged),
+        }
+        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        with session.stage("model"):
+            net, processor = _built(staged, place, dtype)
+        if adapter is not None:
+            added = session.source(parse_ref(adapter))
+            where = _staged_adapter(added, Path(folder) / "adapter")
+            net = _adapted(net, where, adapter)
+            about["adapter_commit"] = added.commit
+            about["adapter_digest"] = _digest(where)
+        template = getattr(processor, "chat_template", None)
+        if not template:
+            raise UnsupportedError("its processor has no chat template", "model", file=clean(model))
+        about |= {
+            "device": place.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "versions": {p: version(p) for p in PACKAGES if adapter is not None or p != "peft"},
+            "template": "sha256:" + hashlib.sha256(str(template).encode()).hexdigest(),
+        }
+        yield Loaded(net, processor, place, _image_token(net, model), _longest(net), about)
+
+
+def _staged(source: Source, into: Path) -> Path:
+    if ADAPTER_CONFIG in source.files and "config.json" not in source.files:
+        raise UsageError(
+            "is an adapter",
+            "model",
+            file=clean(source.name),
+            remedy="give its base as the model, and it with --adapter",
+        )
+    checkpoint = open_checkpoint(source)
+    files = sorted({info.file for info in checkpoint.readings[0].tensors.values()})
+    try:
+        return stage(source, files, into)
+    except CouldNotProbe as why:
+        raise _cannot(source.name, why.reason) from None
+
+
+def _cannot(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"cannot be run: {reason}", "model", file=clean(name))
+
+
+def _digest(folder: Path) -> str:
+    """Of every file that the model is made from."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model, with the attention that transformers takes by itself, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    build: Any = AutoModelForImageTextToText.from_pretrained
+    try:
+        model, loading = build(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+        )
+        processor: Any = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, **local
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a hostile or unknown configuration makes it raise
+        first = str(error).strip().partition("\n")[0]
+        says = f"transformers cannot build it: {type(error).__name__}: {clean(first)}"
+        raise UnsupportedError(says, "model") from None
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        says = f"its weights lack {len(missing)} tensors, {clean(missing[0], 80)} for one"
+        raise UnsupportedError(says, "model")
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        says = "transformers finds no tokenizer and image processor for it"
+        raise UnsupportedError(says, "model")
+    # What stands behind a row never changes it, so rows keep their places as if they were alone.
+    processor.tokenizer.padding_side = "right"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return model.eval().requires_grad_(False), processor
+
+
+def _staged_adapter(source: Source, into: Path) -> Path:
+    adapter = read_adapter(source)
+    if adapter is None:
+        says = f"holds no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}"
+        raise UnsupportedError(says, "adapter", file=clean(source.name))
+    kept = {key: value for key, value in adapter.config.items() if key in _ADAPTER_KEYS}
+    into.mkdir(mode=0o700)
+    (into / ADAPTER_CONFIG).write_text(json.dumps(kept))
+    (into / ADAPTER_WEIGHTS).symlink_to(source.whole(ADAPTER_WEIGHTS).resolve())
+    return into
+
+
+def _adapted(model: Any, folder: Path, name: str) -> Any:
+    """The model with the adapter beside its weights, as training ran it; nothing is rounded."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    try:
+        with_adapter: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+            stored = set(file.keys())
+        from peft import get_peft_model_state_dict
+
+        if unused := stored - set(get_peft_model_state_dict(with_adapter)):
+            says = f"{len(unused)} of its tensors have no place, {clean(min(unused), 80)} for one"
+            raise FormatError(says, "adapter", file=clean(name))
+    except FormatError:
+        raise
+    except Exception as error:  # whatever a hostile or unknown configuration makes it raise
+        first = clean(str(error).strip().partition("\n")[0])
+        says = f"peft cannot put it into the model: {type(error).__name__}: {first}"
+        raise UnsupportedError(says, "adapter", file=clean(name)) from None
+    return with_adapter.eval().requires_grad_(False).get_base_model()
+
+
+def _image_token(model: Any, name: str) -> int:
+    for key in ("image_token_id", "image_token_index"):
+        found = getattr(model.config, key, None)
+        if type(found) is int:
+            return found
+    raise _cannot(name, "its config names no image token (image_token_id)")
+
+
+def _longest(model: Any) -> int:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if type(longest) is int and longest > 0 else 1 << 20
