@@ -140,7 +140,10 @@ def _digest(folder: Path) -> str:
 def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model, with the attention that transformers takes by itself, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as hf_logging
 
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     build: Any = AutoModelForImageTextToText.from_pretrained
     try:
@@ -161,6 +164,9 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
         first = str(error).strip().partition("\n")[0]
         says = f"transformers cannot build it: {type(error).__name__}: {clean(first)}"
         raise UnsupportedError(says, "model") from None
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
     if missing := sorted(loading["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         says = f"its weights lack {len(missing)} tensors, {clean(missing[0], 80)} for one"

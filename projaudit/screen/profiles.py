@@ -42,7 +42,8 @@ class Profiles:
     image_tokens: npt.NDArray[np.int32]
     """(samples,)."""
     about: dict[str, Any]
-    """Model, dataset, device, dtype, versions, counts of layers and heads."""
+    """Model, dataset, device, dtype, versions, counts of layers and heads, and `later_answers`: how
+    many samples hold answers after their first, which are not looked at."""
 
 
 def parts_in(folder: Path) -> dict[int, Path]:
@@ -134,13 +135,19 @@ def read_profiles(folder: Path) -> Profiles:
         entropy=entropy,
         shares=shares,
         image_tokens=np.array([v for p in parts for v in p.column("image_tokens")], np.int32),
-        about={**about, "layer_numbers": numbers, "layers": layers, "heads": heads},
+        about={
+            **about,
+            "later_answers": sum(part.about["later_answers"] for part in parts),
+            "layer_numbers": numbers,
+            "layers": layers,
+            "heads": heads,
+        },
     )
 
 
 def run_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What all parts of one run have in common, of what one says about itself."""
-    return {key: value for key, value in about.items() if key != "layer_numbers"}
+    return {k: v for k, v in about.items() if k not in ("layer_numbers", "later_answers")}
 
 
 _TEXTS = ("id", "status", "detail", "answer")
@@ -160,9 +167,7 @@ class _Part:
             names = (*_TEXTS, "number", "image_tokens")
             self._columns: dict[str, list[Any]] = {n: self._table[n].to_pylist() for n in names}
             self._lists = {
-                name: [
-                    None if v.values is None else np.asarray(v.values) for v in self._table[name]
-                ]
+                name: [None if v is None else np.asarray(v) for v in _values(self._table[name])]
                 for name in ("entropy", "shares")
             }
         except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
@@ -202,6 +207,10 @@ class _Part:
                     into[i, : len(answer)] = found.reshape(len(answer), *into.shape[2:])
                 except ValueError:
                     raise _wrong(self.file, f"holds {name} of another shape") from None
+
+
+def _values(column: Any) -> list[Any]:
+    return [scalar.values for scalar in column]
 
 
 def _wrong(file: Path, says: str) -> FormatError:

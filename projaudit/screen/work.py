@@ -113,6 +113,7 @@ class Worker:
             "adapter": None if job.adapter is None else clean(job.adapter),
             "dataset_digest": self._dataset.digest,
             "layer_numbers": self._layers,
+            "later_answers": sum(row.sample.later_answers > 0 for row in rows),
         }
         return _stacked(rows, about)
 
