@@ -139,11 +139,11 @@ def _digest(folder: Path) -> str:
 
 def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model, with the attention that transformers takes by itself, and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     build: Any = AutoModelForImageTextToText.from_pretrained
     try:
@@ -155,9 +155,7 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
             output_loading_info=True,
             **local,
         )
-        processor: Any = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, **local
-        )
+        processor: Any = _processor_class(model).from_pretrained(folder, **local)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a hostile or unknown configuration makes it raise
@@ -166,7 +164,7 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
         raise UnsupportedError(says, "model") from None
     finally:
         if shown:
-            hf_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if missing := sorted(loading["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         says = f"its weights lack {len(missing)} tensors, {clean(missing[0], 80)} for one"
@@ -179,6 +177,20 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model.eval().requires_grad_(False), processor
+
+
+def _processor_class(model: Any) -> Any:
+    """The class that loads the processor; without torchvision one that leaves videos out.
+
+    Only videos need torchvision, but a processor that knows them does not load without it.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoProcessor
+
+    known = PROCESSOR_MAPPING.get(type(model.config), None)
+    if find_spec("torchvision") is not None or known is None:
+        return AutoProcessor
+    stills = [name for name in known.get_attributes() if name != "video_processor"]
+    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _: stills)})
 
 
 def _staged_adapter(source: Source, into: Path) -> Path:
