@@ -158,7 +158,9 @@ def internvl() -> tuple[Any, Any]:
     images = hf.GotOcr2ImageProcessorPil(
         size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=4
     )
-    processor = stills(hf.InternVLProcessor)(images, words, image_seq_length=4, chat_template=INTERN)
+    processor = stills(hf.InternVLProcessor)(
+        images, words, image_seq_length=4, chat_template=INTERN
+    )
     config = hf.InternVLConfig(
         vision_config={
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -221,12 +223,19 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava, "qwen2_vl": qwen2_vl, "internvl": internvl, "idefics3": idefics3,
     "gemma3": gemma3,
 }  # fmt: skip
+GEMMA2 = {
+    "model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": 2.0,
+}  # fmt: skip
 
 
 def save(family: str, folder: Path) -> Path:
-    """A model of that family as a repository holds it; weights large enough to attend unevenly."""
+    """A model of that family as a repository holds it; weights large enough to attend unevenly.
+
+    `llava_gemma2` is a LLaVA whose language model caps its attention scores.
+    """
     torch.manual_seed(0)
-    model, processor = FAMILIES[family]()
+    model, processor = llava(**GEMMA2) if family == "llava_gemma2" else FAMILIES[family]()
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3 if "embed" not in name else 1.0)

@@ -172,8 +172,6 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         says = "transformers finds no tokenizer and image processor for it"
         raise UnsupportedError(says, "model")
-    # What stands behind a row never changes it, so rows keep their places as if they were alone.
-    processor.tokenizer.padding_side = "right"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model.eval().requires_grad_(False), processor

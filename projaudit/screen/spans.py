@@ -201,16 +201,21 @@ def _special(processor: Any, text: str) -> dict[str, bool]:
 def _processed(processor: Any, kept: Sequence[tuple[Sample, Rendered]]) -> Any:
     texts = [rendered.text for _, rendered in kept]
     try:
-        return processor(
+        inputs = processor(
             text=texts,
             images=[[sample.image] for sample, _ in kept],
             padding=True,
+            # What stands behind a row never changes it, so rows keep the places they have alone.
+            padding_side="right",
             return_tensors="pt",
             **_special(processor, texts[0]),
         )
     except Exception as error:  # processors raise whatever an odd image or text makes them
         says = f"its processor refuses it: {type(error).__name__}: {error}"
         raise NoSample("unprocessable", says) from None
+    if not inputs["attention_mask"][:, 0].all():
+        raise UnsupportedError("its processor pads on the left, whatever it is told", "model")
+    return inputs
 
 
 def _cut(inputs: Any, width: int) -> None:
