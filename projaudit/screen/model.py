@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -60,7 +61,6 @@ def opened(
     adapter: str | None = None,
     device: str = "auto",
     offline: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Loaded]:
     """The model of a folder or a Hub repository, with an adapter of peft put into it, not merged.
 
@@ -75,26 +75,11 @@ def opened(
         says = f"{', '.join(missing)} is not installed"
         raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
     place = find_device(device)
-    settings = settle({}, device=device, rank=None, seed=0, verify=None, offline=offline)
-    with (
-        Session(settings, progress, None) as session,
-        tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder,
-    ):
-        source = session.source(parse_ref(model))
-        staged = _staged(source, Path(folder) / "model")
-        about: dict[str, Any] = {
-            "commit": source.commit,
-            "digest": _digest(staged),
-        }
-        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-        with session.stage("model"):
-            net, processor = _built(staged, place, dtype)
-        if adapter is not None:
-            added = session.source(parse_ref(adapter))
-            where = _staged_adapter(added, Path(folder) / "adapter")
-            net = _adapted(net, where, adapter)
-            about["adapter_commit"] = added.commit
-            about["adapter_digest"] = _digest(where)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    with _snapshot(model, adapter, offline) as (staged, staged_adapter, about):
+        net, processor = _built(staged, place, dtype)
+        if staged_adapter is not None:
+            net = _adapted(net, staged_adapter, str(adapter))
         template = getattr(processor, "chat_template", None)
         if not template:
             raise UnsupportedError("its processor has no chat template", "model", file=clean(model))
@@ -105,6 +90,33 @@ def opened(
             "template": "sha256:" + hashlib.sha256(str(template).encode()).hexdigest(),
         }
         yield Loaded(net, processor, place, _image_token(net, model), _longest(net), about)
+
+
+def identity(model: str, adapter: str | None, *, offline: bool) -> dict[str, Any]:
+    """What `Loaded.about` says of the bytes that a model is made from; nothing is loaded."""
+    with _snapshot(model, adapter, offline) as (_, _, about):
+        return about
+
+
+@contextmanager
+def _snapshot(
+    model: str, adapter: str | None, offline: bool
+) -> Iterator[tuple[Path, Path | None, dict[str, Any]]]:
+    """The staged folders of the model and its adapter, with their commits and digests."""
+    settings = settle({}, device="cpu", rank=None, seed=0, verify=None, offline=offline)
+    with (
+        Session(settings, None, None) as session,
+        tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder,
+    ):
+        source = session.source(parse_ref(model))
+        staged = _staged(source, Path(folder) / "model")
+        about = {"commit": source.commit, "digest": _digest(staged)}
+        added = None
+        if adapter is not None:
+            there = session.source(parse_ref(adapter))
+            added = _staged_adapter(there, Path(folder) / "adapter")
+            about |= {"adapter_commit": there.commit, "adapter_digest": _digest(added)}
+        yield staged, added, about
 
 
 def _staged(source: Source, into: Path) -> Path:
@@ -184,7 +196,7 @@ def _processor_class(model: Any) -> Any:
     """
     from transformers import PROCESSOR_MAPPING, AutoProcessor
 
-    known = PROCESSOR_MAPPING.get(type(model.config), None)
+    known: Any = PROCESSOR_MAPPING.get(type(model.config), None)
     if find_spec("torchvision") is not None or known is None:
         return AutoProcessor
     stills = [name for name in known.get_attributes() if name != "video_processor"]
@@ -205,15 +217,16 @@ def _staged_adapter(source: Source, into: Path) -> Path:
 
 def _adapted(model: Any, folder: Path, name: str) -> Any:
     """The model with the adapter beside its weights, as training ran it; nothing is rounded."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     try:
-        with_adapter: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        with warnings.catch_warnings():
+            # peft asks transformers for what it has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            with_adapter: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             stored = set(file.keys())
-        from peft import get_peft_model_state_dict
-
         if unused := stored - set(get_peft_model_state_dict(with_adapter)):
             says = f"{len(unused)} of its tensors have no place, {clean(min(unused), 80)} for one"
             raise FormatError(says, "adapter", file=clean(name))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from projaudit.errors import NothingError, UsageError
 from projaudit.inert import clean
+from projaudit.screen.model import identity
 from projaudit.screen.profiles import (
     Profiles,
     about_part,
@@ -23,6 +24,9 @@ from projaudit.screen.profiles import (
 from projaudit.screen.samples import open_dataset
 from projaudit.screen.spread import spread
 from projaudit.screen.work import Job, Worker
+
+PART = 64
+"""Samples of a file of the store, about: what an interruption costs at most."""
 
 
 def profile(
@@ -61,13 +65,21 @@ def profile(
     count = len(data) if limit is None else min(limit, len(data))
     if not count:
         raise NothingError("holds no samples", "samples", file=clean(data.name))
-    job = Job(model, data.name, adapter, images, positions, batch, count, offline, str(Path.cwd()))
+    job = Job(
+        *(model, data.name, adapter, images, positions, batch, count, offline),
+        part=max(1, PART // batch) * batch,
+        folder=str(Path.cwd()),
+    )
     out.mkdir(parents=True, exist_ok=True)
     there = parts_in(out)
-    known = run_of(about_part(next(iter(there.values())))) if there else None
-    asked = job.about | {"dataset_digest": data.digest}
-    if known is not None and not asked.items() <= known.items():
-        raise _another(out)
+    known = None
+    if there:
+        known = run_of(about_part(next(iter(there.values()))))
+        asked = {**job.about, "dataset_digest": data.digest}
+        if not asked.items() <= known.items():
+            raise _another(out)
+        if not identity(model, adapter, offline=offline).items() <= known.items():
+            raise _another(out)
     starts = [start for start in range(0, count, job.part) if start not in there]
     done = count - sum(min(job.part, count - start) for start in starts)
     with closing(spread(job, starts, devices or [device])) as parts:
@@ -127,7 +139,11 @@ def heat(
     most = max((position for _, position, _, _ in wanted), default=0) + 1
     if any(not 0 <= number < len(data) for number, *_ in wanted):
         raise UsageError("there is no such sample", "heat", file=clean(data.name))
-    job = Job(model, data.name, adapter, images, most, 1, len(data), offline, str(Path.cwd()))
+    job = Job(
+        *(model, data.name, adapter, images, most, 1, len(data), offline),
+        part=1,
+        folder=str(Path.cwd()),
+    )
     found: dict[tuple[int, int, int, int | None], Heat] = {}
     with Worker(job, device) as worker:
         for number in sorted({number for number, *_ in wanted}):

@@ -22,9 +22,6 @@ from projaudit.screen.profiles import FORMAT, Profiles
 from projaudit.screen.samples import Sample, open_dataset
 from projaudit.screen.spans import VISION, Batch, encode
 
-PART = 64
-"""Samples of a file of the store, about: what an interruption costs at most."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -40,19 +37,18 @@ class Job:
     samples: int
     """How many, from the dataset's first."""
     offline: bool
+    part: int
+    """Samples of a part: whole batches, so that sharing the work out changes no batch."""
     folder: str
     """What relative paths are relative to."""
-
-    @property
-    def part(self) -> int:
-        """Samples of a part: whole batches, so that sharing the work out changes no batch."""
-        return max(1, PART // self.batch) * self.batch
 
     @property
     def about(self) -> dict[str, Any]:
         """What a part says of its job."""
         return {
             "format": FORMAT,
+            "model": clean(self.model),
+            "adapter": None if self.adapter is None else clean(self.adapter),
             "dataset": self.dataset,
             "samples": self.samples,
             "positions": self.positions,
@@ -109,8 +105,6 @@ class Worker:
         about = {
             **self.loaded.about,
             **job.about,
-            "model": clean(job.model),
-            "adapter": None if job.adapter is None else clean(job.adapter),
             "dataset_digest": self._dataset.digest,
             "layer_numbers": self._layers,
             "later_answers": sum(row.sample.later_answers > 0 for row in rows),
