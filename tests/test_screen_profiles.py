@@ -311,6 +311,24 @@ def test_two_processes_say_what_one_does(models, data, plain, tmp_path, monkeypa
     equal(found, plain)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_ray_cluster_of_two_workers_says_what_one_process_does(
+    models, data, plain, tmp_path, monkeypatch
+):
+    import ray
+
+    monkeypatch.setattr("projaudit.screen.profiling.PART", 4)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        found = profile(
+            str(models("llava")), str(data), tmp_path / "out", batch=4, devices=["ray", "ray"]
+        )
+    finally:
+        ray.shutdown()
+    equal(found, plain)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
 def test_an_error_in_another_process_is_what_it_was():
     error = UsageError("is wrong", "option", file="a", field="--batch", remedy="none")
     there = pickle.loads(pickle.dumps(error))
