@@ -68,18 +68,9 @@ def attend(
     Raises UnsupportedError (`unsupported.attention`) where there is no other, and LimitError
     (`limit.memory`).
     """
-    model, spans = loaded.model, batch.spans
-    width = batch.inputs["input_ids"].shape[1]
-    most = max(len(span.targets) for span in spans)
-    rows = torch.tensor(
-        [[span.first + min(p, len(span.targets) - 1) for p in range(most)] for span in spans]
-    )
-    members = torch.zeros(len(spans), width, COMPONENTS)
-    for i, span in enumerate(spans):
-        kinds = torch.from_numpy(span.kinds[:width]).long()
-        for component in range(COMPONENTS):
-            members[i, : len(kinds), component] = kinds == component
-    watch = Watch(_layers(model), rows.to(loaded.device), members.to(loaded.device), keep)
+    model = loaded.model
+    rows, members = rows_at(batch, loaded.device), members_of(batch, loaded.device)
+    watch = Watch(_layers(model), rows, members, keep)
     inputs = {
         name: value.to(loaded.device, model.dtype if value.is_floating_point() else None)
         for name, value in batch.inputs.items()
@@ -89,11 +80,32 @@ def attend(
         with torch.inference_mode(), _watched(model, watch):
             model(**inputs, use_cache=False, logits_to_keep=1)
     except torch.OutOfMemoryError:
-        says = f"a batch of {len(spans)} samples of {width} tokens does not fit on {loaded.device}"
+        count, width = members.shape[:2]
+        says = f"a batch of {count} samples of {width} tokens does not fit on {loaded.device}"
         raise LimitError(says, "memory", remedy="a smaller --batch") from None
     if not watch.found:
         raise UnsupportedError("no layer of its language model shows attention", "attention")
     return dict(sorted(watch.found.items()))
+
+
+def rows_at(batch: Batch, device: torch.device) -> Tensor:
+    """(batch, positions) int64: where each position's row is; short samples repeat their last."""
+    most = max(len(spans.targets) for spans in batch.spans)
+    places = [
+        [spans.first + min(p, len(spans.targets) - 1) for p in range(most)] for spans in batch.spans
+    ]
+    return torch.tensor(places, device=device)
+
+
+def members_of(batch: Batch, device: torch.device) -> Tensor:
+    """(batch, tokens, 3) float32: 1 where a token is system, vision, text."""
+    count, width = batch.inputs["input_ids"].shape
+    kinds = torch.full((count, width), -1)
+    for i, spans in enumerate(batch.spans):
+        known = torch.from_numpy(spans.kinds[:width]).long()
+        kinds[i, : len(known)] = known
+    components = torch.arange(COMPONENTS)
+    return (kinds[..., None] == components).float().to(device)
 
 
 def _layers(model: Any) -> dict[int, int]:

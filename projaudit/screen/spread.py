@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -89,14 +90,16 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
 
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        # A local cluster wants a CPU beside those that the workers hold.
+        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
-        todo = ray.data.from_items([{"start": start} for start in starts])
-        parts = todo.repartition(len(starts)).map_batches(
+        todo = [{"start": start} for start in starts]
+        parts = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             _Profiler,
             fn_constructor_args=(job,),
             batch_size=1,
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if torch.cuda.is_available() else 0,
         )
         for row in parts.iter_rows():
