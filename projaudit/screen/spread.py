@@ -93,6 +93,9 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
         # A local cluster wants a CPU beside those that the workers hold.
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    # Ray Data writes to the terminal as it goes.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         todo = [{"start": start} for start in starts]
         parts = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
