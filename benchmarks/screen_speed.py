@@ -30,7 +30,7 @@ from projaudit.screen.samples import Sample
 from projaudit.screen.spans import Batch, encode
 
 SIZES["small"] = ((256, 688, 8, 8), (64, 2, 4, 336, 14))
-SAMPLES = (64, 256, 1024)
+SAMPLES = (64, 512)
 """Of the processes whose memory is compared."""
 
 

@@ -359,6 +359,13 @@ def test_an_adapter_counts_as_if_it_were_merged(models, data, plain, tmp_path):
     equal(adapted, profile(str(tmp_path / "merged"), str(data), tmp_path / "m", batch=4), 1e-4)
     assert np.nanmax(abs(adapted.shares - plain.shares)) > 0.05  # the control
     assert adapted.about["adapter_digest"].startswith("sha256:")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["target_modules"] = r"((.*)*)*!|.*\.(q_proj|v_proj|linear_1)"  # would take for ever
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    again = profile(
+        str(base), str(data), tmp_path / "c", adapter=str(tmp_path / "adapter"), batch=4
+    )
+    equal(again, adapted)
     with pytest.raises(UsageError, match="is an adapter"):
         profile(str(tmp_path / "adapter"), str(data), tmp_path / "b")
 

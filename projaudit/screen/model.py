@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ from typing import Any
 
 import torch
 
-from projaudit.adapters import CONFIG as ADAPTER_CONFIG
-from projaudit.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from projaudit.adapters import read_adapter
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.stage import stage
 from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import FormatError, UnsupportedError, UsageError
 from projaudit.inert import clean
+from projaudit.peft_config import CONFIG as ADAPTER_CONFIG
+from projaudit.peft_config import WEIGHTS as ADAPTER_WEIGHTS
+from projaudit.peft_config import not_read, rank_of, read_adapter
 from projaudit.session import Session, find_device, settle
 from projaudit.source import Source, parse_ref
 
@@ -37,6 +38,9 @@ _ADAPTER_KEYS = {
     "decompose_both", "decompose_factor", "use_effective_conv2d", "feedforward_modules",
     "rank_dropout", "module_dropout", "alpha", "task_type",
 }  # fmt: skip
+
+# A tensor of an adapter: the module's path, then what the method calls its own.
+_LEAF = re.compile(r"base_model\.model\.(.+?)\.(?:lora_|hada_|lokr_|ia3_)")
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,18 @@ def _processor_class(model: Any) -> Any:
 def _staged_adapter(source: Source, into: Path) -> Path:
     adapter = read_adapter(source)
     if adapter is None:
-        says = f"holds no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}"
-        raise UnsupportedError(says, "adapter", file=clean(source.name))
+        raise not_read(source)
     kept = {key: value for key, value in adapter.config.items() if key in _ADAPTER_KEYS}
+    places = (_LEAF.match(name) for name in adapter.tensors)
+    modules = sorted({place[1] for place in places if place})
+    for module in modules:
+        rank_of(adapter.config, module, "r", 8)  # for what it raises: patterns that take long
+    if isinstance(kept.get("target_modules"), str):
+        # An expression of the repository's, which may take for ever; what it found is known.
+        kept |= {"target_modules": modules, "exclude_modules": None, "layers_to_transform": None}
+    elif isinstance(kept.get("exclude_modules"), str):
+        raise FormatError("is an expression, beside target_modules that are none", "adapter",
+                          file=ADAPTER_CONFIG, field="exclude_modules")  # fmt: skip
     into.mkdir(mode=0o700)
     (into / ADAPTER_CONFIG).write_text(json.dumps(kept))
     (into / ADAPTER_WEIGHTS).symlink_to(source.whole(ADAPTER_WEIGHTS).resolve())
