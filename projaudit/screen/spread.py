@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from projaudit.errors import LimitError, UnsupportedError, UsageError
+from projaudit.errors import LimitError, ProjauditError, UnsupportedError, UsageError
+from projaudit.inert import clean
 from projaudit.screen.profiles import Profiles
 from projaudit.screen.work import Job, Worker
 
@@ -92,7 +93,10 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
     if started:
         # A local cluster wants a CPU beside those that the workers hold.
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # among them one that is of no class of Ray's
+            raise LimitError(f"Ray does not start: {_first_line(error)}", "worker") from None
     # Ray Data writes to the terminal as it goes.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -107,6 +111,20 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
         )
         for row in parts.iter_rows():
             yield pickle.loads(row["part"])  # noqa: S301 -- of our own workers
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
     finally:
         if started:
             ray.shutdown()
+
+
+def _cause(error: BaseException) -> ProjauditError:
+    """What a worker raised, out of what Ray has wrapped it in."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, ProjauditError):
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return inner or LimitError(f"a worker of Ray ended: {_first_line(error)}", "worker")
+
+
+def _first_line(error: BaseException) -> str:
+    return clean(str(error).strip().partition("\n")[0])
