@@ -83,6 +83,7 @@ class _Profiler:
 def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles]:
     try:
         import ray
+        import ray.data
     except ImportError:
         raise UnsupportedError(
             "ray is not installed", "extra", remedy="pip install 'projaudit[ray]'"
