@@ -93,9 +93,9 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
     started = not ray.is_initialized()
     if started:
         # A local cluster wants a CPU beside those that the workers hold.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}
+        cpus = None if os.environ.get("RAY_ADDRESS") else workers + 1
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, num_cpus=cpus)
         except Exception as error:  # among them one that is of no class of Ray's
             raise LimitError(f"Ray does not start: {_first_line(error)}", "worker") from None
     # Ray Data writes to the terminal as it goes.
