@@ -31,7 +31,7 @@ LAYERS = [
     ["sides"],
     ["measure", "against_base"],
     ["behaviour"],
-    ["calibration"],
+    ["calibration", "screen"],
     ["listening"],
     ["reporting"],
     ["audit"],
