@@ -15,8 +15,8 @@ from projaudit.mmproj import added, projector_types
 from projaudit.quantised import Packed, find
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
-from projaudit.torch_zip import MAGIC, read_torch_zip
-from projaudit.weight_files import INDEX, PICKLES, SHARD, WEIGHTS, Ambiguity, Way
+from projaudit.torch_zip import BELOW, MAGIC, read_torch_zip
+from projaudit.weight_files import INDEX, PICKLES, SHARD, TORCH_WEIGHTS, WEIGHTS, Ambiguity, Way
 
 MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
@@ -105,6 +105,13 @@ class Readings:
             self.notes.append(Ambiguity(way.kind, way.why, files))
         if not new:
             return
+        below = [f for f in way.files if BELOW in self._header(f).metadata]
+        if below and (way.index or TORCH_WEIGHTS in below):
+            inside = self._header(below[0]).metadata[BELOW]
+            says = f"its tensors lie in {inside}, where transformers looks for none"
+            self.notes.append(
+                Ambiguity("nested-tensors", f"{clean(below[0], 80)}: {says}", tuple(below))
+            )
 
         twice = [name for name, found in copies.items() if len(found) > 1]
         if twice:
@@ -216,6 +223,16 @@ class Readings:
             )
         self._seen.append(places)
         quantised = find(tensors if metadata is None else {}, self._config, self._bytes)
+        if quantised.packed and quantised.undeclared:
+            says = (
+                f"{_count(list(quantised.packed))} made of codes and scales, which no config says"
+            )
+            line = f"{says}: transformers loads the codes as if they were the weights"
+            files = sorted(
+                {info.file for w in quantised.packed.values() for info in w.parts.values()}
+            )
+            named = tuple(sorted(quantised.packed)[:_NAMED])
+            self.notes.append(Ambiguity("undeclared-scales", line, tuple(files), named))
         label = "main" if not self.found else label
         self.found.append(
             Reading(label, why, tensors, quantised.packed, quantised.unread, metadata)
