@@ -85,6 +85,7 @@ def facts_of(target: Checkpoint, base: Base, coverage: Coverage, first: Found) -
         taken = {partner.tensors for partner in partners}
         gone = [other for other in base.projectors if other.tensors not in taken]
         missing += [name for projector in gone for name in projector.tensors]
+        added += _beyond(projectors, partners, base)
         changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
         coverage = replace(coverage, config_changes=changes)
     return Facts(
@@ -112,6 +113,24 @@ def _classes(target: Checkpoint, base: Base, first: Found) -> tuple[str, ...]:
         for projector in projectors
     ]
     return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _beyond(
+    projectors: Sequence[Projector], partners: Sequence[Projector], base: Base
+) -> list[str]:
+    """The tensors of projectors that the target has and the base has not, by the count of them."""
+    pairs = sorted(
+        zip(projectors, partners, strict=True),
+        key=lambda pair: (pair[0].family == pair[1].family, pair[0].prefix == pair[1].prefix),
+    )
+    seen: set[tuple[str, ...]] = set()
+    twice: list[Projector] = []
+    for projector, partner in reversed(pairs):
+        if partner.tensors in seen:
+            twice.append(projector)
+        seen.add(partner.tensors)
+    more = max(len(projectors) - len(base.projectors), 0)
+    return [name for projector in twice[len(twice) - more :] for name in projector.tensors]
 
 
 def _code(target: Checkpoint) -> tuple[str, ...]:

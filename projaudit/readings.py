@@ -320,12 +320,16 @@ def _count(names: Sequence[str]) -> str:
 
 
 # What stands for the same parameter in transformers (a leading `model.` comes and goes, and its
-# pattern's dot takes any character) and in the original code of LLaVA, InternVL and Pixtral.
+# pattern's dot takes any character), behind the wrappers of training frameworks, and in the
+# original code of LLaVA, InternVL and Pixtral.
+_WRAPPERS = r"module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\."
 _RENAMES = (
-    (re.compile(r"^(?:model[^\n])+"), ""),
+    (re.compile(rf"^(?:model[^\n]|thinker\.|{_WRAPPERS})+"), ""),
     (re.compile(r"(?<=\.)model\."), ""),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"(?<=vision_tower\.)vision_model\."), ""),
+    (re.compile(r"(?<=LayerNorm)[^\n]gamma$"), ".weight"),
+    (re.compile(r"(?<=LayerNorm)[^\n]beta$"), ".bias"),
     (re.compile(r"^(?:mm_projector\.0|mlp1\.1|vision_language_adapter\.w_in)\."), "P.linear_1."),
     (re.compile(r"^(?:mm_projector\.2|mlp1\.3|vision_language_adapter\.w_out)\."), "P.linear_2."),
     (re.compile(r"^mlp1\.0\."), "P.layer_norm."),
@@ -350,7 +354,7 @@ def _is_foreign(name: str, config: Mapping[str, object] | None) -> bool:
         return not any(c.startswith("Llava") and c.endswith("ForCausalLM") for c in classes)
     if name.startswith("mlp1."):
         return "internvl" not in str(config.get("model_type"))
-    return name.startswith("vision_language_adapter.")
+    return name.startswith("vision_language_adapter.") or re.match(_WRAPPERS, name) is not None
 
 
 def _natural_key(name: str) -> list[tuple[int | str, ...]]:
