@@ -203,7 +203,8 @@ def load_weights(source: Source, reading: Reading, names: Iterable[str]) -> dict
             raw = {leaf: stored.pop(info.name).tensor for leaf, info in packed.parts.items()}
             loaded[name] = Weight(parts, *dequantise(packed, raw), packed.calibrated)
         else:
-            loaded[name] = Weight(parts, stored[name].tensor, stored[name].step)
+            one = stored[parts[0][0].name]  # which may stand under another name than in its file
+            loaded[name] = Weight(parts, one.tensor, one.step)
     return loaded
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -166,13 +166,14 @@ class Readings:
                 unread = f"{why}; not read, as it {clean(error.message)}"
                 self.notes.append(Ambiguity(kind, unread, tuple(group)))
                 continue
-            tensors = _choose(copies, -1)
+            tensors: Mapping[str, TensorInfo] = _choose(copies, -1)
             replaced = {parameters[p] for p in map(parameter, tensors) if p in parameters}
+            tensors, _ = self._one_name_each(tensors)
             if replaced and len(replaced) < len(main):
                 # A part of the model: what a loader of all files puts over the rest.
-                rest = {name: info for name, info in main.items() if name not in replaced}
-                tensors = {**rest, **tensors}
-            if self._add(f"{kind}-{number}", why, self._one_name_each(tensors)[0]):
+                named = {parameters.get(parameter(n), n): info for n, info in tensors.items()}
+                tensors = {**main, **named}
+            if self._add(f"{kind}-{number}", why, tensors):
                 names = tuple(sorted(copies)[:_NAMED])
                 self.notes.append(Ambiguity(kind, why, tuple(group), names))
 
@@ -194,7 +195,7 @@ class Readings:
 
     def note_odd_names(self) -> None:
         """Notes the tensors whose name may pass for another."""
-        places = [(name, info.file) for r in self.found for name, info in r.tensors.items()]
+        places = [(i.name, i.file) for reading in self.found for i in reading.tensors.values()]
         odd = [one for one in places if not (one[0].isascii() and one[0].isprintable() and one[0])]
         if odd:
             names = sorted({name for name, _ in odd})
@@ -274,17 +275,20 @@ class Readings:
         """The tensors less those whose parameter another name supplies, and groups of such names.
 
         `number` picks the second, third, … best name instead of the one that transformers takes.
+        What is kept stands under the name in its group that its neighbours have.
         """
         groups: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
             groups[parameter(name)].append(name)
         several = [group for group in groups.values() if len(group) > 1]
-        dropped: set[str] = set()
+        places = Counter(_place_of_name(g[0]) for g in groups.values() if len(g) == 1)
+        kept = {g[0]: tensors[g[0]] for g in groups.values() if len(g) == 1}
         for group in several:
             group.sort(key=lambda name: (_is_foreign(name, self._config), _natural_key(name)))
-            dropped.update(group)
-            dropped.remove(group[min(number, len(group) - 1)])
-        return {name: info for name, info in tensors.items() if name not in dropped}, several
+            own = group[min(number, len(group) - 1)]
+            spelled = max([own, *group], key=lambda name: places[_place_of_name(name)])
+            kept[spelled] = tensors[own]
+        return kept, several
 
     def _note(
         self, kind: str, says: str, names: Sequence[str], copies: Mapping[str, list[TensorInfo]]
@@ -355,6 +359,11 @@ def _is_foreign(name: str, config: Mapping[str, object] | None) -> bool:
     if name.startswith("mlp1."):
         return "internvl" not in str(config.get("model_type"))
     return name.startswith("vision_language_adapter.") or re.match(_WRAPPERS, name) is not None
+
+
+def _place_of_name(name: str) -> str:
+    """The module that a layer of that name is in, or the layer that a tensor of it is of."""
+    return name.rpartition(".")[0]
 
 
 def _natural_key(name: str) -> list[tuple[int | str, ...]]:
