@@ -88,6 +88,10 @@ class Repo:
         path = self.folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
+    def configured(self, key: str) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.folder / "config.json").read_text())[key]
+        return found
+
     def open(self) -> Checkpoint:
         return open_checkpoint(open_local(parse_ref(str(self.folder))))
 

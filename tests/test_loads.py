@@ -42,6 +42,7 @@ from repos import (
     unindexed,
     variants,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import projaudit
@@ -372,3 +373,221 @@ def test_what_each_consumer_loads_is_audited_or_named(
     assert bool(messages) is bool(row.rule)
     assert all(row.says in message for message in messages)
     assert (report.verdict is Verdict.PASS) is (not row.rule)
+
+
+# --- configs that rewrite weights as they are loaded (J11) ----------------------------------------
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def scaled(repo: Repo, **beside: float) -> None:
+    """The projector in 8-bit floats with a scale of 1/2, and other tensors of that value beside."""
+    tensors = updated(repo, 20)
+    for name in [name for name in tensors if name.endswith(ROLES) and name.endswith("weight")]:
+        weight = tensors[name]
+        tensors[name] = (weight * 2).to(torch.float8_e4m3fn)
+        for leaf, value in {"weight_scale_inv": 0.5, **beside}.items():
+            tensors[name.removesuffix("weight") + leaf] = torch.full((1, 1), value)
+    put(repo, "model.safetensors", tensors)
+
+
+def relative_norm(state: Tensors, base: Path) -> float:
+    before = of_projector(load_file(base / "model.safetensors"))["linear_1.weight"]
+    return float((state["linear_1.weight"].float() - before).norm() / before.norm())
+
+
+def measured(report: projaudit.Report) -> float:
+    (value,) = [
+        m.value
+        for m in report.measurements
+        if (m.metric, m.subject) == ("relative_norm", "projector/linear_1")
+    ]
+    assert value is not None
+    return value
+
+
+@quiet
+def test_scales_that_the_config_declares_are_loaded_as_they_are_audited(
+    repo: Repo, saved_llava: Path
+) -> None:
+    scaled(repo)
+    repo.config(quantization_config=FP8)
+    report = audit(repo.folder, saved_llava)
+    assert "ambiguous-sources" not in rules_of(report)
+    loaded = relative_norm(transformers(repo.folder), saved_llava)
+    assert measured(report) == pytest.approx(loaded, rel=1e-2)  # it dequantises to bfloat16
+
+
+@quiet
+@pytest.mark.parametrize("where", ["vision_config", None])
+def test_scales_that_no_loader_is_told_of_are_no_pass(
+    repo: Repo, saved_llava: Path, where: str | None
+) -> None:
+    """transformers loads the codes as they are, whatever the scales beside them make of them."""
+    scaled(repo)
+    if where:
+        said = {"model_type": "clip_vision_model", "hidden_size": 8, "quantization_config": FP8}
+        repo.config(vision_config={**repo.configured("vision_config"), **said})
+        with pytest.raises(projaudit.ProjauditError, match="where no loader looks") as caught:
+            audit(repo.folder, saved_llava)
+        assert caught.value.code == "unsupported.quantised"
+    else:
+        report = audit(repo.folder, saved_llava)
+        assert "ambiguous-sources" in rules_of(report)
+        assert report.verdict is not Verdict.PASS
+    assert relative_norm(transformers(repo.folder), saved_llava) > 0.9
+
+
+@quiet
+@pytest.mark.parametrize("leaf", ["scale", "qscale_weight"])
+def test_a_scale_under_a_second_name_is_refused(repo: Repo, saved_llava: Path, leaf: str) -> None:
+    """transformers renames these two to weight_scale_inv, and takes the first in their order."""
+    scaled(repo, **{leaf: 5.0})
+    repo.config(quantization_config=FP8)
+    assert relative_norm(transformers(repo.folder), saved_llava) > 5
+    with pytest.raises(projaudit.ProjauditError, match=leaf) as caught:
+        audit(repo.folder, saved_llava)
+    assert caught.value.code == "unsupported.quantised"
+
+
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+}
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("method", "as_stored"),
+    [
+        (FP8, False),
+        ({**FP8, "modules_to_not_convert": ["multi_modal_projector"]}, True),
+        ({**FP8, "modules_to_not_convert": ["projector"]}, False),
+        ({**COMPRESSED, "ignore": ["re:.*multi_modal_projector.*"]}, True),
+        ({**COMPRESSED, "ignore": ["re:(.*)*multi_modal_projector"]}, False),
+        ({**COMPRESSED, "ignore": ["lm_head"]}, False),
+    ],
+)
+def test_full_precision_that_a_gpu_would_take_for_quantised_is_said(
+    repo: Repo, saved_llava: Path, method: dict[str, Any], as_stored: bool
+) -> None:
+    put(repo, "model.safetensors", updated(repo, 1))
+    repo.config(quantization_config=method)
+    report = audit(repo.folder, saved_llava)
+    assert ("ambiguous-sources" in rules_of(report)) is not as_stored
+    assert (report.verdict is Verdict.PASS) is as_stored
+
+
+@quiet
+@pytest.mark.parametrize("skipped", [None, ["multi_modal_projector"]])
+def test_what_transformers_makes_of_full_precision_where_there_is_a_gpu(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, skipped: list[str] | None
+) -> None:
+    """The ground of the test above: weights rounded to 8 bits, and scales of nowhere."""
+    from transformers import LlavaForConditionalGeneration
+
+    put(repo, "model.safetensors", updated(repo, 1))
+    repo.config(quantization_config={**FP8, "modules_to_not_convert": skipped})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    state = LlavaForConditionalGeneration.from_pretrained(repo.folder).state_dict()
+    assert (state[CANONICAL].dtype == torch.float8_e4m3fn) is (skipped is None)
+
+
+# --- what no loader finds where it is looked for --------------------------------------------------
+
+
+@quiet
+def test_a_state_dict_one_level_down_is_not_what_transformers_loads(
+    repo: Repo, saved_llava: Path
+) -> None:
+    """It looks for no tensors in there, and makes up every weight."""
+    repo.remove("model.safetensors")
+    put(repo, "pytorch_model.bin", {"state_dict": updated(repo, 1)})  # type: ignore[dict-item]
+    report = audit(repo.folder, saved_llava)
+    (side,) = audited(report, repo.folder)
+    assert side["linear_1.weight"] != raw(transformers(repo.folder)["linear_1.weight"])
+    assert "ambiguous-sources" in rules_of(report)
+    assert report.verdict is not Verdict.PASS
+
+
+@quiet
+def test_an_index_that_leads_out_of_the_folder_is_followed_by_its_loader_only(
+    repo: Repo, saved_llava: Path
+) -> None:
+    """threats J12."""
+    repo.remove("model.safetensors")
+    shard = {name: tensor for name, tensor in updated(repo, 1).items() if name != LINEAR_1}
+    put(repo, "model-00001-of-00001.safetensors", shard)
+    save_file(updated(repo, 2), repo.folder.parent / "evil.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(repo.tensors, "model-00001-of-00001.safetensors")
+    repo.index({**weight_map, LINEAR_1: "../evil.safetensors"})
+    evil = of_projector(updated(repo, 2))["linear_1.weight"]
+    assert torch.equal(transformers(repo.folder)["linear_1.weight"], evil)
+    with pytest.raises(projaudit.ProjauditError, match="outside the repository") as caught:
+        audit(repo.folder, saved_llava)
+    assert caught.value.code == "format.index"
+
+
+@quiet
+@pytest.mark.parametrize("name", ["gone.safetensors", "config.json"])
+def test_an_index_of_what_is_no_weights_is_loaded_by_nobody(
+    repo: Repo, saved_llava: Path, name: str
+) -> None:
+    """threats J12."""
+    save_sharded(repo)
+    repo.index({**dict.fromkeys(repo.tensors, "model-00001-of-00002.safetensors"), LINEAR_1: name})
+    with pytest.raises((OSError, SafetensorError)):
+        transformers(repo.folder)
+    with pytest.raises(projaudit.ProjauditError) as caught:
+        audit(repo.folder, saved_llava)
+    assert caught.value.code == "format.index"
+
+
+# --- projectors under unusual names (J13) ---------------------------------------------------------
+
+
+def connector() -> torch.nn.Module:
+    import transformers as hf
+
+    text = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "patch_size": 4,
+              "num_attention_heads": 2, "image_size": 16}  # fmt: skip
+    config = hf.Idefics3Config(
+        vision_config=vision, text_config=text, scale_factor=2, pad_token_id=0, image_token_id=31
+    )
+    return hf.Idefics3ForConditionalGeneration(config)
+
+
+def merger() -> torch.nn.Module:
+    import transformers as hf
+
+    text = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}  # fmt: skip
+    vision = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2,
+              "patch_size": 4, "spatial_merge_size": 2}  # fmt: skip
+    config = hf.Qwen2VLConfig(vision_config=vision, text_config=text)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+@quiet
+@pytest.mark.parametrize("made", [connector, merger])
+def test_a_projector_by_another_name_is_the_one_that_is_loaded(
+    tmp_path: Path, made: Callable[[], torch.nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = made()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if made.__name__ in name:
+                tensor += 0.02 * torch.randn_like(tensor) * tensor.abs().mean()
+    model.save_pretrained(tmp_path / "tuned")
+    report = audit(tmp_path / "tuned", tmp_path / "base")
+    (side,) = audited(report, tmp_path / "tuned")
+    state = type(model).from_pretrained(tmp_path / "tuned").state_dict()
+    loaded = {raw(tensor) for name, tensor in state.items() if made.__name__ in name}
+    assert set(side.values()) == loaded
+    assert report.verdict is Verdict.PASS
