@@ -325,7 +325,7 @@ def _count(names: Sequence[str]) -> str:
 
 # What stands for the same parameter in transformers (a leading `model.` comes and goes, and its
 # pattern's dot takes any character), behind the wrappers of training frameworks, and in the
-# original code of LLaVA, InternVL and Pixtral.
+# original code of LLaVA, InternVL, Pixtral, Molmo and Inkling.
 _WRAPPERS = r"module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\."
 _RENAMES = (
     (re.compile(rf"^(?:model[^\n]|thinker\.|{_WRAPPERS})+"), ""),
@@ -338,6 +338,17 @@ _RENAMES = (
     (re.compile(r"^(?:mm_projector\.2|mlp1\.3|vision_language_adapter\.w_out)\."), "P.linear_2."),
     (re.compile(r"^mlp1\.0\."), "P.layer_norm."),
     (re.compile(r"^P\."), "multi_modal_projector."),
+    (
+        re.compile(r"^vision_backbone\.(?=image_(?:pooling_2d|projector)\.)"),
+        "multi_modal_projector.",
+    ),
+    (re.compile(r"(?<=\.image_pooling_2d\.)w([qkvo])\."), r"\1_proj."),
+    (re.compile(r"^visual\.proj_in\."), "vision_tower.merger.linear_1."),
+    (re.compile(r"^visual\.proj_out\."), "vision_tower.merger.linear_2."),
+    (
+        re.compile(r"^(?:visual|vision_tower)\.layers\.linear_(\d+)\."),
+        r"vision_tower.encoder_layers.\1.projection.",
+    ),
 )
 
 
