@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,11 +163,25 @@ def test_quantization_and_custom_code_are_said(repo: Repo) -> None:
     assert any(note.kind == "quantized" for note in repo.open().ambiguities)
 
 
-def test_hostile_names_are_said_and_inert(repo: Repo) -> None:
-    repo.save("model.safetensors", 1.0, "multi_modal_pr\u043ejector.linear_1.weight\x1b[2J\n")
+HOSTILE = {
+    "homoglyph and escapes": "multi_modal_pr\u043ejector.linear_1.weight\x1b[2J\n",
+    "NFD twin": "multi_modal_projector.line\u0061\u0301r_1.weight",
+    "NFC twin": "multi_modal_projector.line\u00e1r_1.weight",
+    "right to left": "\u202emulti_modal_projector.linear_1.weight",
+    "NUL": "\0",
+    "empty": "",
+    "a megabyte": "\u043e" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_said_and_inert(repo: Repo, name: str) -> None:
+    """threats B6."""
+    repo.save("model.safetensors", 1.0, HOSTILE[name])
     (ambiguity,) = repo.open().ambiguities
     assert ambiguity.kind == "confusable-names"
     assert ambiguity.message.isprintable()
+    assert len(ambiguity.message) < 500
 
 
 def test_safetensors_files_without_an_index_are_read_together(repo: Repo) -> None:
@@ -381,7 +397,11 @@ def test_floating_dtypes_come_back_as_stored(tmp_path: Path, dtype: torch.dtype)
     assert stored["empty"].tensor.shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype", ["I8", "U8", "I64", "BOOL", "C64", "F4", "F8_E8M0"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL", "C64", "F4", "F6_E2M3",
+     "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ"],
+)  # fmt: skip
 def test_other_dtypes_are_refused_before_a_byte_is_read(repo: Repo, dtype: str) -> None:
     info = TensorInfo("w", dtype, (4,), "nowhere", 0, 4)
     with pytest.raises(UnsupportedError) as caught:
@@ -394,6 +414,15 @@ def test_matrix_above_the_budget_is_refused_before_a_byte_is_read(repo: Repo) ->
     with pytest.raises(LimitError) as caught:
         load_tensors(repo.open().source, [info])
     assert caught.value.code == "limit.tensor-size"
+
+
+def test_no_layout_of_the_field_has_two_names_of_one_parameter() -> None:
+    lines = gzip.decompress(
+        (Path(__file__).parent / "data/projector_layouts.jsonl.gz").read_bytes()
+    )
+    for line in lines.splitlines():
+        names = {name for name, *_ in json.loads(line)["tensors"]}
+        assert len({parameter(name) for name in names}) == len(names)
 
 
 def test_names_of_one_parameter() -> None:
