@@ -324,11 +324,10 @@ def _count(names: Sequence[str]) -> str:
 
 
 # What stands for the same parameter in transformers (a leading `model.` comes and goes, and its
-# pattern's dot takes any character), behind the wrappers of training frameworks, and in the
-# original code of LLaVA, InternVL, Pixtral, Molmo and Inkling.
-_WRAPPERS = r"module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\."
+# pattern's dot takes any character) and in the original code of LLaVA, InternVL, Pixtral, Molmo and
+# Inkling.
 _RENAMES = (
-    (re.compile(rf"^(?:model[^\n]|thinker\.|{_WRAPPERS})+"), ""),
+    (re.compile(r"^(?:model[^\n]|thinker\.)+"), ""),
     (re.compile(r"(?<=\.)model\."), ""),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"(?<=vision_tower\.)vision_model\."), ""),
@@ -369,7 +368,7 @@ def _is_foreign(name: str, config: Mapping[str, object] | None) -> bool:
         return not any(c.startswith("Llava") and c.endswith("ForCausalLM") for c in classes)
     if name.startswith("mlp1."):
         return "internvl" not in str(config.get("model_type"))
-    return name.startswith("vision_language_adapter.") or re.match(_WRAPPERS, name) is not None
+    return name.startswith("vision_language_adapter.")
 
 
 def _place_of_name(name: str) -> str:

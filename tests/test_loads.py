@@ -333,7 +333,7 @@ ROWS = {
         says="llama.cpp",
     ),
     "J4 decoy behind a wrapper": Row(
-        decoy("modelXmodel.", "module."), says="names of one parameter"
+        decoy("modelXmodel.", "module."), rule="projector-tensors-added", says="projector"
     ),
     "J4 decoy in another model": Row(
         decoy("modelXmodel.", "vlm."), rule="projector-tensors-added", says="modelXmodel"
