@@ -157,12 +157,14 @@ def projectors_of(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, 
 
 
 def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
-    """The projectors of a reading besides the first, which is an ambiguity; none where they are
-    incomplete or cannot be read."""
+    """The projectors of a reading besides the first; none where they are incomplete or cannot be
+    read and the reading is an ambiguity, which GGUF files of one model are not."""
     try:
         return projectors_of(reading, target)
     except (FormatError, UnsupportedError):
-        return ()
+        if reading.metadata is None:
+            return ()
+        raise
 
 
 def is_pickled(reading: Reading) -> bool:
