@@ -115,6 +115,14 @@ def _classes(target: Checkpoint, base: Base, first: Found) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, found)))
 
 
+def _code(target: Checkpoint) -> tuple[str, ...]:
+    """What remote code would run; an adapter's beside its base's."""
+    if target.adapter is None:
+        return code_of(target)
+    own = code_of(replace(target, source=target.adapter, config=None))
+    return (*code_of(target), *own)
+
+
 def _beyond(
     projectors: Sequence[Projector], partners: Sequence[Projector], base: Base
 ) -> list[str]:
@@ -131,11 +139,3 @@ def _beyond(
         seen.add(partner.tensors)
     more = max(len(projectors) - len(base.projectors), 0)
     return [name for projector in twice[len(twice) - more :] for name in projector.tensors]
-
-
-def _code(target: Checkpoint) -> tuple[str, ...]:
-    """What remote code would run; an adapter's beside its base's."""
-    if target.adapter is None:
-        return code_of(target)
-    own = code_of(replace(target, source=target.adapter, config=None))
-    return (*code_of(target), *own)
