@@ -86,7 +86,7 @@ def facts_of(target: Checkpoint, base: Base, coverage: Coverage, first: Found) -
         taken = {partner.tensors for partner in partners}
         gone = [other for other in base.projectors if other.tensors not in taken]
         missing += [name for projector in gone for name in projector.tensors]
-        added += _beyond(projectors, partners, base)
+        added += _beyond(first[1], partners, base)
         changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
         coverage = replace(coverage, config_changes=changes)
     return Facts(
