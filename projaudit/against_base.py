@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from projaudit.adapters import Fit
@@ -85,6 +86,7 @@ def facts_of(target: Checkpoint, base: Base, coverage: Coverage, first: Found) -
         taken = {partner.tensors for partner in partners}
         gone = [other for other in base.projectors if other.tensors not in taken]
         missing += [name for projector in gone for name in projector.tensors]
+        added += _beyond(first[1], partners, base)
         changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
         coverage = replace(coverage, config_changes=changes)
     return Facts(
@@ -120,3 +122,21 @@ def _code(target: Checkpoint) -> tuple[str, ...]:
         return code_of(target)
     own = code_of(replace(target, source=target.adapter, config=None))
     return (*code_of(target), *own)
+
+
+def _beyond(
+    projectors: Sequence[Projector], partners: Sequence[Projector], base: Base
+) -> list[str]:
+    """The tensors of projectors that the target has and the base has not, by the count of them."""
+    pairs = sorted(
+        zip(projectors, partners, strict=True),
+        key=lambda pair: (pair[0].family == pair[1].family, pair[0].prefix == pair[1].prefix),
+    )
+    seen: set[tuple[str, ...]] = set()
+    twice: list[Projector] = []
+    for projector, partner in reversed(pairs):
+        if partner.tensors in seen:
+            twice.append(projector)
+        seen.add(partner.tensors)
+    more = max(len(projectors) - len(base.projectors), 0)
+    return [name for projector in twice[len(twice) - more :] for name in projector.tensors]

@@ -110,8 +110,8 @@ def _beside(source: Source, adapter: Adapter) -> list[Ambiguity]:
 def found_in(target: Checkpoint) -> list[Found]:
     """The projectors of every reading; first of the first that has any, which is audited first.
 
-    Raises NothingError (`nothing.projector`) where there is none, and what locating raises; a
-    pickle beside the weights whose projector cannot be read has none.
+    Raises NothingError (`nothing.projector`) where there is none, and what locating raises in the
+    first reading; another whose projector cannot be read has none.
     """
     found = [(target.readings[0], projectors_of(target.readings[0], target))]
     found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
@@ -157,11 +157,12 @@ def projectors_of(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, 
 
 
 def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
-    """The projectors of a reading besides the first; none where a pickle's are not readable."""
+    """The projectors of a reading besides the first; none where they are incomplete or cannot be
+    read and the reading is an ambiguity, which GGUF files of one model are not."""
     try:
         return projectors_of(reading, target)
     except (FormatError, UnsupportedError):
-        if is_pickled(reading):
+        if reading.metadata is None:
             return ()
         raise
 

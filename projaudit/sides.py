@@ -256,16 +256,17 @@ def _on_named_base(
     if (source.ref.kind != "hub" and "config.json" in source.files) or named is None:
         return [], ""
     repo, revision = str(named.ref.repo), named.ref.revision
+    compared = next(
+        (
+            base
+            for base in bases
+            if base.asked.lower() == repo.lower()
+            and revision in (None, base.checkpoint.source.commit)
+        ),
+        None,
+    )
     try:
-        base = next(
-            (
-                base
-                for base in bases
-                if base.asked.lower() == repo.lower()
-                and revision in (None, base.checkpoint.source.commit)
-            ),
-            None,
-        ) or open_base(session, named)
+        base = compared or open_base(session, named)
     except ProjauditError as error:
         return [], f"{repo}, on which transformers puts the adapter, was not read: {error}"
     reading = base.checkpoint.readings[0]
@@ -277,9 +278,10 @@ def _on_named_base(
             replace(reading, label="adapter-on-base", why=why),
             projector,
             name_of(source),
-            fitted,
+            fitted if fitted.changes(projector.tensors) else None,
         )
         for projector in base.projectors
-        if fitted.changes(projector.tensors)
+        # One that it leaves alone is the base's own: loaded in place of the target's all the same.
+        if fitted.changes(projector.tensors) or compared is None
     ]
     return sides, ""
