@@ -12,7 +12,8 @@ from projaudit.checkpoint import Weight
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
 from projaudit.peft_methods import widened
-from projaudit.projector import Projector
+from projaudit.projector import Projector, blueprint
+from projaudit.recipe import Blueprint
 from projaudit.report import AuditedProjector, Layer, TensorRead
 from projaudit.session import Session, Settings
 from projaudit.sides import Side
@@ -108,6 +109,7 @@ def measure_projector(
                 *text_directions(target.checkpoint, target.reading, texts, width),
             ),
             tokens=embedding_matrix(target.checkpoint, target.reading, width),
+            blueprints=(_blueprint(target), _blueprint(base)),
         )
     into.ask(session, "projector", subject, context)
     into.series += (*probes.series(context), *alignment.series(context))
@@ -179,6 +181,14 @@ def _factors(
         layer.role: (right.T, left.T) if layer.layout == "transposed" else (left, right)
         for layer, (left, right) in found.items()
     }
+
+
+def _blueprint(side: Side) -> Blueprint | None:
+    """What transformers' module of this projector is built from; None where none is known."""
+    projector, config = side.projector, side.checkpoint.config
+    if projector.recipe is None or config is None:
+        return None
+    return blueprint(projector, config, side.reading.shapes)
 
 
 def _digests(weight: Weight) -> list[str]:

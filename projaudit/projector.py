@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import takewhile
@@ -15,6 +15,7 @@ from projaudit.chain import EPS, linear_roles, parse
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.inert import clean
 from projaudit.position import module_of, positioned, text_widths
+from projaudit.recipe import Blueprint, Recipe, assembled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,8 @@ class Family:
     width_key: str
     """Config key of the language model's width."""
     source: str
+    recipe: Recipe | None = None
+    """The class of transformers that it is, where no chain describes it."""
 
     @cached_property
     def places(self) -> tuple[re.Pattern[str], ...]:
@@ -116,7 +119,7 @@ class Projector:
     family: str
     kind: str
     """`linear`, `mlp2`, `mlp3`, …, `gated mlp3`; `norm+` in front and `+norm` behind where a norm
-    is there; `5 matrices` where the forward path is not known."""
+    is there; a class of transformers; `5 matrices` where the forward path is not known."""
     prefix: str
     linears: tuple[Linear, ...]
     """Those of the forward path in its order, then other matrices."""
@@ -130,6 +133,8 @@ class Projector:
     """Tensors inside the projector's module that the family does not know."""
     packed: tuple[str, ...] = ()
     """Tensors that hold weights in a way that is not read: quantised, or an adapter's."""
+    recipe: Recipe | None = None
+    """The class of transformers that it is, where no chain describes it."""
 
     @property
     def path(self) -> tuple[Linear, ...]:
@@ -168,10 +173,11 @@ def _family(entry: dict[str, Any]) -> Family:
         return {role: tuple(found) for role, found in entry.get(key, {}).items()}
 
     act, eps = entry.get("act", {}), entry.get("eps", {})
+    recipe = _recipe(entry["module"]) if "module" in entry else None
     return Family(
         name=entry["name"],
         architectures=tuple(entry["architectures"]),
-        modules=tuple(entry["modules"]),
+        modules=tuple(entry["modules"] if recipe is None else recipe.parts),
         scattered=entry.get("scattered", False),
         linears=names("linears"),
         matrices=names("matrices"),
@@ -180,13 +186,28 @@ def _family(entry: dict[str, Any]) -> Family:
         layouts=entry.get("layouts", {}),
         optional=frozenset(entry.get("optional", ())),
         any_depth=entry.get("depth") == "any",
-        chain=tuple(entry["chain"]),
+        chain=tuple(entry.get("chain", ())),
         act_keys=tuple(act.get("keys", ())),
         act_default=act.get("default", "linear"),
         eps_key=eps.get("key", ""),
         eps_default=eps.get("default", EPS),
         width_key=entry.get("width", ""),
         source=entry["source"],
+        recipe=recipe,
+    )
+
+
+def _recipe(entry: dict[str, Any]) -> Recipe:
+    return Recipe(
+        path=entry["class"],
+        config=entry["config"],
+        keys={part: tuple(keys) for part, keys in entry["keys"].items()},
+        args=tuple(entry.get("args", (".",))),
+        form=entry["form"],
+        parts=entry["parts"],
+        reads=entry["reads"],
+        writes=entry["writes"],
+        transposed=tuple(entry.get("transposed", ())),
     )
 
 
@@ -208,6 +229,12 @@ def locate(
     candidates = likely(shapes)
     taken: set[str] = set()
     for family in known:
+        if family.recipe is not None:
+            if architectures & set(family.architectures):
+                for built in _of_class(family, family.recipe, candidates, shapes):
+                    found[_key(found, built)] = built
+                    taken |= set(built.tensors)
+            continue
         for module, names in modules(family, candidates).items():
             declared = bool(architectures & set(family.architectures))
             try:
@@ -232,7 +259,37 @@ def locate(
             projector = _unknown(rest, shapes, text_widths(shapes, config or {}))
             found[_key(found, projector)] = projector
     # Those whose function is known come first: what runs the model runs one.
-    return tuple(found[module] for module in sorted(found, key=lambda m: (not found[m].chain, m)))
+    kinds = {m: (not p.chain, p.recipe is None, m) for m, p in found.items()}
+    return tuple(found[module] for module in sorted(found, key=lambda m: kinds[m]))
+
+
+def _of_class(
+    family: Family, recipe: Recipe, names: Iterable[str], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[Projector]:
+    """Every projector that is of the family's class; what is packed is left to its position."""
+    for prefix, local in assembled(recipe, names, _WRAPPERS).items():
+        if any(map(_PACKED.search, local)):
+            continue
+        roles = {name: (module_of(place), place) for name, place in local.items()}
+        linears, vectors = _layers(roles, shapes)
+        linears = [
+            replace(layer, shape=layer.shape[::-1], layout="transposed")
+            if layer.role in recipe.transposed
+            else layer
+            for layer in linears
+        ]
+        ends = {recipe.reads: -1, recipe.writes: 1}
+        ordered = sorted(linears, key=lambda layer: ends.get(layer.role, 0))
+        if linears:
+            yield Projector(
+                family=family.name,
+                kind=recipe.name,
+                prefix=prefix,
+                linears=tuple(ordered),
+                vectors=vectors,
+                chain=(),
+                recipe=recipe,
+            )
 
 
 def undeclared(projector: Projector, config: Mapping[str, Any]) -> str:
@@ -431,24 +488,13 @@ def _unknown(
 ) -> Projector:
     """A projector of no family: every matrix a layer, its forward path not known.
 
-    A convolution (out, in, …) is the matrix (out, in·…), and queries (1, n, d) are (n, d). First
-    comes a matrix that takes what none of the others gives, last one that gives a width of the
-    language model.
+    First comes a matrix that takes what none of the others gives, last one that gives a width of
+    the language model.
     """
     packed = tuple(name for name in names if _PACKED.search(name))
     prefix = _common([module_of(name) for name in names])
-    own, linears, taken = set(names), [], set()
-    for name in names:
-        rows = [size for i, size in enumerate(shapes[name]) if size != 1 or i == 1]
-        if 0 in rows and not packed:
-            raise _saved_empty(name, shapes[name])
-        if len(rows) < 2:
-            continue
-        bias = f"{module_of(name)}.bias"
-        fits = bias in own and name != bias and tuple(shapes[bias]) == (rows[0],)
-        role, shape = _local(module_of(name), prefix), (rows[0], math.prod(rows[1:]))
-        linears.append(Linear(role, name, bias if fits else None, shape))
-        taken |= {name, bias} if fits else {name}
+    roles = {name: (_local(module_of(name), prefix), _local(name, prefix)) for name in names}
+    linears, vectors = _layers(roles, shapes, empty=bool(packed))
     given = {layer.shape[0] for layer in linears}
     first = [layer for layer in linears if layer.shape[1] not in given][:1]
     last = [layer for layer in linears if layer.shape[0] in widths and layer not in first][-1:]
@@ -458,10 +504,35 @@ def _unknown(
         kind="linear" if len(linears) == 1 else f"{len(linears)} matrices",
         prefix=prefix,
         linears=tuple(ordered),
-        vectors={_local(name, prefix): name for name in names if name not in taken},
+        vectors=vectors,
         chain=(),
         packed=packed,
     )
+
+
+def _layers(
+    roles: Mapping[str, tuple[str, str]],
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    empty: bool = False,
+) -> tuple[list[Linear], dict[str, str]]:
+    """Every matrix of these tensors as a layer, and the others by role: name -> as which of both.
+
+    A convolution (out, in, …) is the matrix (out, in·…), and queries (1, n, d) are (n, d). Raises
+    FormatError where a tensor is saved empty, unless they may be.
+    """
+    linears, taken = [], set()
+    for name, (role, _) in roles.items():
+        rows = [size for i, size in enumerate(shapes[name]) if size != 1 or i == 1]
+        if 0 in rows and not empty:
+            raise _saved_empty(name, shapes[name])
+        if len(rows) < 2:
+            continue
+        bias = f"{module_of(name)}.bias"
+        fits = bias in roles and name != bias and tuple(shapes[bias]) == (rows[0],)
+        linears.append(Linear(role, name, bias if fits else None, (rows[0], math.prod(rows[1:]))))
+        taken |= {name, bias} if fits else {name}
+    return linears, {role: name for name, (_, role) in roles.items() if name not in taken}
 
 
 def _common(paths: Sequence[str]) -> str:
@@ -488,6 +559,30 @@ def _packed(family: Family, module: str, names: Sequence[str]) -> str | None:
             if name.startswith(layer) and name[len(layer) :] not in leaves
         ),
         None,
+    )
+
+
+def blueprint(
+    projector: Projector, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> Blueprint | None:
+    """What transformers' class of a projector is built from; None where it is of none."""
+    recipe = projector.recipe
+    if recipe is None:
+        return None
+    places = {
+        name: place
+        for local in assembled(recipe, projector.tensors, _WRAPPERS).values()
+        for name, place in local.items()
+    }
+    roles = {f"{layer.role}.weight": layer.weight for layer in projector.linears}
+    roles |= {f"{layer.role}.bias": layer.bias for layer in projector.linears if layer.bias}
+    roles |= projector.vectors
+    return Blueprint(
+        recipe,
+        config,
+        projector.prefix,
+        {role: places[name] for role, name in roles.items()},
+        {places[name]: tuple(shapes[name]) for name in projector.tensors},
     )
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from projaudit.analyses.alignment import NearestTokens
     from projaudit.analyses.probes import Probes
+    from projaudit.module import Module
+    from projaudit.recipe import Blueprint
     from projaudit.update import ProjectorUpdate
 
 
@@ -49,12 +51,33 @@ class ProjectorContext:
     update: ProjectorUpdate
     directions: tuple[Direction, ...] = ()
     tokens: EmbeddingMatrix | None = None
+    blueprints: tuple[Blueprint | None, Blueprint | None] = (None, None)
+    """What transformers' module of the target and of the base is built from, where it is run."""
+
+    @cached_property
+    def modules(self) -> tuple[Module, Module]:
+        """transformers' own module of target and base. Raises Skip where it cannot be run."""
+        from projaudit.errors import UnsupportedError
+        from projaudit.metrics import Skip
+        from projaudit.module import build
+
+        target, base = self.blueprints
+        if target is None or base is None or target.recipe != base.recipe:
+            raise Skip("the projector's forward path is not known")
+        device = self.update.layers[0].before.device
+        try:
+            return build(target, device), build(base, device)
+        except UnsupportedError as error:
+            raise Skip(error.message) from None
 
     @cached_property
     def probes(self) -> Probes:
         """Both projectors on the same inputs, beside random updates. Raises Skip as run_probes."""
         from projaudit.analyses.probes import run_probes
+        from projaudit.analyses.sets import run_set_probes
 
+        if any(self.blueprints):
+            return run_set_probes(self)
         return run_probes(self.update)
 
     @cached_property

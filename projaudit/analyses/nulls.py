@@ -47,22 +47,10 @@ def real_change(update: ProjectorUpdate) -> Change:
 
 def random_change(update: ProjectorUpdate, kind: str, generator: Generator) -> Change:
     """A random one of the same base: `equal_norm` or `equal_spectrum` (see probes.run_probes)."""
-    from projaudit.linalg import random_orthonormal
-
     linear: dict[str, Callable[[Tensor], Tensor]] = {}
     read, written = [], []
     for layer in update.path:
-        m, n = layer.before.shape
-        values = (
-            layer.spectrum.values
-            if kind == "equal_spectrum"
-            else gaussian_values(m, n, layer.spectrum.frobenius, SUBSPACE_RANK)
-        ).to(layer.before)
-        k = len(values)
-        left = random_orthonormal(m, k, generator=generator).to(layer.before)
-        right = random_orthonormal(n, k, generator=generator).to(layer.before)
-        energy = layer.spectrum.frobenius**2 - float(values.double().square().sum())
-        spread = math.sqrt(max(energy, 0.0) / max((m - k) * (n - k), 1))
+        left, values, right, spread = _drawn(layer, kind, generator)
         bias = _bias_delta(layer)
         if bias is not None:
             bias = _redirected(bias, generator)
@@ -75,6 +63,61 @@ def random_change(update: ProjectorUpdate, kind: str, generator: Generator) -> C
         role: _redirected(moved, generator) for role, moved in update.moved_vectors().items()
     }
     return Change(linear, vectors, read[0], written[-1])
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An update as a projector that is run as a whole takes it: all of its weights."""
+
+    weights: Mapping[str, Tensor]
+    """By role, as `ProjectorUpdate.weights` gives them."""
+    read: Tensor
+    """As of a Change."""
+    written: Tensor
+
+
+def real_weights(update: ProjectorUpdate) -> Moved:
+    """The update as it is."""
+    ends = update.path[0], update.path[-1]
+    return Moved(update.weights("after"), leading(ends[0]), leading(ends[1], left=True))
+
+
+def random_weights(update: ProjectorUpdate, kind: str, generator: Generator) -> Moved:
+    """A random one of the same base, as `random_change`, every tensor moved and each ΔW dense."""
+    read, written = [], []
+    moved = {v.role: v.before + _redirected(v.after - v.before, generator) for v in update.vectors}
+    for layer in update.layers:
+        (m, n), (left, values, right, spread) = layer.before.shape, _drawn(layer, kind, generator)
+        bulk = gaussian(m, n, layer.before, generator) * spread
+        bulk = bulk - left @ (left.T @ bulk)
+        bulk = bulk - (bulk @ right) @ right.T
+        moved[f"{layer.role}.weight"] = layer.before + bulk + (left * values) @ right.T
+        bias = _bias_delta(layer)
+        if bias is not None:
+            before = layer.before_bias if layer.before_bias is not None else 0.0
+            moved[f"{layer.role}.bias"] = before + _redirected(bias, generator)
+        read.append(right[:, : leading(layer).shape[1]])
+        written.append(left[:, : leading(layer, left=True).shape[1]])
+    return Moved(moved, read[0], written[-1])
+
+
+def _drawn(
+    layer: LayerUpdate, kind: str, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(left, values, right, spread) of a random ΔW of that layer, as `random_action` takes them."""
+    from projaudit.linalg import random_orthonormal
+
+    m, n = layer.before.shape
+    values = (
+        layer.spectrum.values
+        if kind == "equal_spectrum"
+        else gaussian_values(m, n, layer.spectrum.frobenius, SUBSPACE_RANK)
+    ).to(layer.before)
+    k = len(values)
+    left = random_orthonormal(m, k, generator=generator).to(layer.before)
+    right = random_orthonormal(n, k, generator=generator).to(layer.before)
+    energy = layer.spectrum.frobenius**2 - float(values.double().square().sum())
+    return left, values, right, math.sqrt(max(energy, 0.0) / max((m - k) * (n - k), 1))
 
 
 def random_action(
@@ -163,9 +206,9 @@ def gaussian(rows: int, columns: int, like: Tensor, generator: Generator) -> Ten
 
 
 def _redirected(vector: Tensor, generator: Generator) -> Tensor:
-    """A random vector of the same norm."""
-    redirected: Tensor = unit(gaussian(1, len(vector), vector, generator))[0]
-    return redirected * vector.square().sum().sqrt()
+    """A random vector (or tensor of any shape) of the same norm."""
+    redirected: Tensor = unit(gaussian(1, vector.numel(), vector, generator))[0]
+    return redirected.reshape(vector.shape) * vector.square().sum().sqrt()
 
 
 def unit(rows: Tensor) -> Tensor:

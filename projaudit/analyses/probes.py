@@ -155,13 +155,13 @@ def run_probes(update: ProjectorUpdate, budget: ProbeBudget = BUDGET) -> Probes:
     changes += [random_change(update, kind, generator) for kind in kinds]
     like = update.path[0].before
     isotropic = unit(gaussian(budget.directions, update.in_features, like, generator))
-    aimed = [_aimed(change.read, budget, generator) for change in changes]
+    along = [aimed(change.read, budget, generator) for change in changes]
     inputs = [_grid(isotropic, NORMS)]
-    inputs += [_grid(rows, AIMED_NORMS) for groups in aimed for rows in groups.values()]
+    inputs += [_grid(rows, AIMED_NORMS) for groups in along for rows in groups.values()]
     states = _states(update, torch.cat(inputs) * typical)
     common = len(inputs[0])
     found, start = [], common
-    for change, groups in zip(changes, aimed, strict=True):
+    for change, groups in zip(changes, along, strict=True):
         stop = start + sum(len(rows) for rows in groups.values()) * len(AIMED_NORMS)
         own = [torch.cat([state[:common], state[start:stop]]) for state in states]
         found.append(_responses(update, change, own, {"isotropic": isotropic, **groups}))
@@ -199,18 +199,19 @@ def _norm_first(update: ProjectorUpdate) -> bool:
     return parse(update.chain[0]).kind in ("norm", "rms", "rms1")
 
 
-def _aimed(read: Tensor, budget: ProbeBudget, generator: Generator) -> dict[str, Tensor]:
+def aimed(read: Tensor, budget: ProbeBudget, generator: Generator) -> dict[str, Tensor]:
     """± the leading columns of `read`, and random unit vectors of their span: name -> rows."""
     if read.shape[1] == 0:
         return {}
     singular = read[:, : budget.singular].T
     mixed = gaussian(budget.subspace, read.shape[1], read, generator) @ read.T
     both = singular.repeat_interleave(2, dim=0)
-    both[1::2] *= -1  # +v1, −v1, +v2, …: the order of _names
+    both[1::2] *= -1  # +v1, −v1, +v2, …: the order of input_names
     return {"singular": both, "subspace": unit(mixed)}
 
 
-def _names(group: str, count: int) -> tuple[str, ...]:
+def input_names(group: str, count: int) -> tuple[str, ...]:
+    """What the inputs of a group are called."""
     if group == "singular":
         return tuple(f"{'+-'[n % 2]}v{n // 2 + 1}" for n in range(count))
     return tuple(f"{group} {n + 1}" for n in range(count))
@@ -242,7 +243,7 @@ def _responses(
         gram = part @ part.T
         groups[name] = Response(
             norms,
-            _names(name, len(rows)),
+            input_names(name, len(rows)),
             gram,
             gram.diagonal().sqrt().reshape(shape),
             base[start:stop].double().square().sum(-1).sqrt().reshape(shape),
@@ -417,7 +418,9 @@ def _beside_nulls(
     """The statistic of the update and what it is for the random updates."""
     probes = ctx.probes
     if group not in probes.update.groups:
-        raise Skip("the first layer's weight did not change, so it has no directions")
+        raise Skip(
+            "what reads the inputs did not change, or is a convolution: it has no directions"
+        )
     value = statistic(probes.update.groups[group])
     if not math.isfinite(value):
         raise Skip("an output overflows float32, or the base's output is zero")

@@ -152,8 +152,14 @@ def rest_differs(facts: Facts) -> Value:
 
 
 @measures("projector", kind="structure")
-def function_known(ctx: ProjectorContext) -> float:
-    """1 where target and base compute the same known chain of layers, so that it can be probed."""
+def function_known(ctx: ProjectorContext) -> Value:
+    """1 where both are the same known chain or module of transformers, so that it can be probed."""
+    if any(ctx.blueprints) and not ctx.update.nonfinite:
+        try:
+            _ = ctx.probes
+        except Skip as why:
+            return Value(0.0, (str(why),))
+        return Value(1.0)
     chain = ctx.update.chain
     known = acts(chain) <= activations().keys()
-    return float(bool(chain) and chain == ctx.update.base_chain and known)
+    return Value(float(bool(chain) and chain == ctx.update.base_chain and known))
