@@ -158,7 +158,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 2,
             "image_size": 64,
             "patch_size": 16,
-            "global_attn_indexes": [],
+            "global_attn_indexes": [0],
             "mlp_dim": 40,
         },
         "text_config": LLAMA,
@@ -172,7 +172,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rms_norm_eps": 1e-3,
         },
         "text_config": TEXT
-        | {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": [12, 12], "rms_norm_eps": 1e-3},
+        | {
+            "moe_num_experts": 2,
+            "moe_k": 1,
+            "moe_intermediate_size": [12, 12],
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [6, 6, 4],
+            },
+        },
     },
     "minimax-m3": {
         "projector_hidden_size": 40,
@@ -212,7 +222,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_heads": 2,
             "intermediate_size": 40,
         },
-        "text_config": {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 200},
+        "text_config": {
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "vocab_size": 200,
+            "pad_token_id": 0,
+        },
     },
     "granite-docling": {
         "vision_config": VISION
@@ -223,7 +238,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [0],
             "num_hidden_layers": 2,
         },
-        "text_config": TEXT,
+        "text_config": TEXT | {"pad_token_id": 0},
     },
     "ovis2": {
         "hidden_size": 64,
