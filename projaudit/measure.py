@@ -252,6 +252,7 @@ def _audited(subject: str, target: Side, base: Side) -> AuditedProjector:
             for layer in projector.linears
         ),
         chain=projector.chain,
+        module=projector.recipe.name if projector.recipe else "",
         in_features=projector.in_features,
         out_features=projector.out_features,
         base=base.name,

@@ -30,7 +30,7 @@ _PROJECTOR = re.compile(
 )
 _OTHER = re.compile(
     r"^(head|cls|pooler|classifier|region\w*|generation\w*|thinker_to_talker\w*|talker|tts|gen_\w+|embed_tokens|lm_head|embeddings|\w*tok_embeddings|\w*embedder"
-    r"|patch_emb\w*|pre_encode|vit_merger|pos_emb|\w*patch_projection|\w*conv_projection|subsampl\w*|\w*reduction"
+    r"|patch_emb\w*|high_res\w*|pre_encode|vit_merger|pos_emb|\w*patch_projection|\w*conv_projection|subsampl\w*|\w*reduction"
     r"|text_projection|feature_projection|projection_head|embedding_proj_layer|project_down"
     r"|self_attn|attention|depth_decoder|code2wav|token2wav|vocoder|llm2vae|speaker\w*"
     r"|\w*gen_dec\w*)$|action|state_proj|diffusion|altup|per_layer|downsampl|upsampl",

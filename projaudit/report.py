@@ -108,6 +108,8 @@ class AuditedProjector:
     layers: tuple[Layer, ...]
     chain: tuple[str, ...]
     """Forward chain: roles and activations in order; empty where the family gives none."""
+    module: str
+    """Class of transformers that was to be run in place of a chain; empty where there is none."""
     in_features: int
     out_features: int
     base: str = ""

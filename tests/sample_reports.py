@@ -396,6 +396,7 @@ def _projector() -> AuditedProjector:
             for role, shape in _ROLES
         ),
         chain=("linear_1", "gelu", "linear_2"),
+        module="",
         in_features=1024,
         out_features=4096,
     )

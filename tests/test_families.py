@@ -671,11 +671,11 @@ def test_a_wrong_entry_breaks_the_schema(key: str, value: Any):
 
 
 def test_every_role_of_a_chain_is_named_and_every_layer_is_on_a_chain():
-    for entry in entries():
+    for entry in (entry for entry in entries() if "chain" in entry):
         steps = [parse(step) for step in entry["chain"]]
         layers = {r for s in steps if s.kind in ("linear", "glu") for r in s.roles}
         norms = {r for s in steps if s.kind in ("norm", "rms", "rms1") for r in s.roles}
-        assert layers == set(entry["linears"]) or not steps, entry["name"]
+        assert layers == set(entry["linears"]), entry["name"]
         assert norms <= set(entry.get("norms", {})), entry["name"]
         named = {*entry["linears"], *entry.get("norms", {}), *entry.get("matrices", {})}
         assert set(entry.get("optional", ())) <= named, entry["name"]

@@ -1,4 +1,4 @@
-"""Projectors that are run by transformers' own class: built from a config, equal, probed, refused."""
+"""Projectors that transformers' own class runs: built from a config, equal, probed, refused."""
 
 from __future__ import annotations
 
@@ -336,7 +336,9 @@ LIVE: dict[str, Any] = {
     "kosmos-2": lambda model, x: model.image_to_text_projection(x)[0],
     "kosmos-2.5": lambda model, x: model.image_to_text_projection(x)[0],
     "aria": aria,
-    "evolla": lambda model, x: model.model.protein_encoder.sequence_compressor_resampler(x, ones(x)),
+    "evolla": lambda model, x: model.model.protein_encoder.sequence_compressor_resampler(
+        x, ones(x)
+    ),
     "fun-asr-nano": lambda model, x: model.model.multi_modal_projector(x, ones(x)),
     "deepseek-vl-hybrid": hybrid,
     "ernie-4.5-vl": ernie,
@@ -395,7 +397,9 @@ def by_role(projector: Projector, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 @pytest.mark.parametrize("name", LIVE)
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-def test_a_module_is_built_from_config_and_tensors_and_is_transformers_own(name: str, on_disk: bool):
+def test_a_module_is_built_from_config_and_tensors_and_is_transformers_own(
+    name: str, on_disk: bool
+):
     tensors, config = written(name, on_disk=on_disk)
     projector = of_family(name, tensors, config)
     plan = blueprint(projector, config, {n: tuple(t.shape) for n, t in tensors.items()})

@@ -157,6 +157,8 @@ def hear(
     """
     from safetensors.torch import save_file
 
+    if target.projector.recipe is not None:
+        raise CouldNotProbe("its projector is no chain of layers, which alone are swapped")
     if not target.projector.chain:
         raise CouldNotProbe("what its projector computes is not known")
     if target.projector.path[0].layout != "plain":

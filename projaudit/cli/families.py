@@ -19,10 +19,10 @@ def list_families() -> None:
     """Every family: name, architectures, forward path."""
     from projaudit.projector import families as known
 
-    paths = {family.name: " → ".join(family.chain) for family in known()}
     for family in known():
+        path = f"transformers' {family.recipe.name}" if family.recipe else " → ".join(family.chain)
         emit(f"{family.name:<29} {', '.join(family.architectures)}")
-        emit(f"{'':<29} {paths[family.name]}")
+        emit(f"{'':<29} {path}")
 
 
 @families.command("show")
@@ -51,7 +51,12 @@ def show_family(family: str) -> None:
         emit(f"  layout   {role}: {layout}")
     if found.optional:
         emit(f"  optional {', '.join(sorted(found.optional))}")
-    emit(f"  path     {' → '.join(found.chain)}")
+    if found.recipe is not None:
+        emit(f"  runs     transformers' {found.recipe.name}")
+        for part, taken in found.recipe.keys.items():
+            emit(f"  config   {part or 'the top'}: {', '.join(taken)}")
+    else:
+        emit(f"  path     {' → '.join(found.chain)}")
     if "$act" in "".join(found.chain):
         keys = "".join(f", or as {key} says" for key in found.act_keys)
         emit(f"  $act     {found.act_default}{keys}")
@@ -74,7 +79,8 @@ def explain_target(target: str, revision: str | None, offline: bool | None) -> N
         emit("no projector")
     for projector, why in found.found:
         emit(f"{projector.family}, {projector.kind}: {why}")
-        path = " → ".join(projector.chain) or "not known"
+        runs = f"transformers' {projector.recipe.name}" if projector.recipe else "not known"
+        path = " → ".join(projector.chain) or runs
         widths = f"{projector.in_features} → {projector.out_features} features"
         emit(f"  {clean(projector.prefix) or 'several modules'}, {widths}, forward path: {path}")
         for name in projector.tensors:

@@ -340,6 +340,7 @@ def _projector(projector: AuditedProjector) -> dict[str, Any]:
         "in_features": projector.in_features,
         "out_features": projector.out_features,
         "chain": list(projector.chain),
+        "module": projector.module,
         "layers": [
             {
                 "role": layer.role,
