@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from functools import cache
+import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import projaudit
 from projaudit.errors import UnsupportedError
+from projaudit.findings import Verdict
 from projaudit.module import build
 from projaudit.projector import Projector, blueprint, families, locate
+from projaudit.recipe import LARGEST, Blueprint, settings
 
+WEIGHTS = "model.safetensors"
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -371,8 +381,6 @@ def live(name: str) -> nn.Module:
 
 def written(name: str, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its tensors under the names of memory or disk, and its config.json."""
-    import json
-
     model = live(name)
     tensors = dict(model.state_dict())
     if on_disk:
@@ -414,3 +422,216 @@ def test_a_module_is_built_from_config_and_tensors_and_is_transformers_own(
 
 def test_every_family_of_a_class_is_tested():
     assert {family.name for family in OWN} == set(LIVE) == set(CONFIGS)
+
+
+# A whole audit
+
+
+def pair_of(folder: Path, name: str, size: float = 0.02) -> tuple[Path, Path]:
+    """(tuned, base) of a family as transformers saves them; only the projector is moved."""
+    model = live(name)
+    tensors, config = written(name, on_disk=True)
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    names = {n for p in locate(shapes, config) for n in p.tensors}
+    g = torch.Generator().manual_seed(3)
+    for side in ("base", "tuned"):
+        model.config.save_pretrained(folder / side)
+        file = folder / side / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        moved = {
+            n: t + size * t.norm() / t.numel() ** 0.5 * torch.randn(t.shape, generator=g)
+            if side == "tuned" and n in names
+            else t
+            for n, t in tensors.items()
+        }
+        save_file({n: t.clone() for n, t in moved.items()}, folder / side / WEIGHTS)
+    return folder / "tuned", folder / "base"
+
+
+def change(folder: Path, part: str, **keys: object) -> None:
+    """Sets keys in a part of a config.json (empty: the top)."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    (config[part] if part else config).update(keys)
+    file.write_text(json.dumps(config))
+
+
+def audit(tuned: Path, base: Path) -> projaudit.Report:
+    return projaudit.check(str(tuned), str(base), seed=1, depth="weights")
+
+
+def reasons(report: projaudit.Report) -> set[str]:
+    return {s.reason for s in report.skipped if s.metric == "shift_magnitude"}
+
+
+@pytest.mark.parametrize("name", ["blip-2", "ovis2", "minimax-m3"])
+def test_what_no_chain_describes_is_probed_and_passes(tmp_path: Path, name: str):
+    report = audit(*pair_of(tmp_path, name))
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert all(projector.module and not projector.chain for projector in report.projectors)
+    of = [m for m in report.measurements if m.metric == "shift_magnitude"]
+    assert len(of) == len(report.projectors)
+    assert all(0 < m.value < 1 and len(m.nulls) == 2 for m in of)
+
+
+def test_the_same_seed_gives_the_same_measurements(tmp_path: Path):
+    sides = pair_of(tmp_path, "kosmos-2")
+    first, second = audit(*sides), audit(*sides)
+    assert first.measurements == second.measurements
+
+
+def test_a_payload_planted_behind_a_q_former_stands_out(tmp_path: Path):
+    """One output is written for whatever is read; a random update of its size writes many."""
+    tuned, base = pair_of(tmp_path, "blip-2", size=0.0)
+    tensors = load_file(tuned / WEIGHTS)
+    weight = tensors["language_projection.weight"]
+    payload = torch.outer(torch.ones(len(weight)), weight.mean(0)) * 0.2
+    tensors["language_projection.weight"] = weight + payload
+    save_file(tensors, tuned / WEIGHTS)
+    (found,) = [m for m in audit(tuned, base).measurements if m.metric == "shift_energy_top1"]
+    assert found.value > 0.99
+    assert all(found.value > null.mean for null in found.nulls)
+    (tmp_path / "control").mkdir()
+    random = audit(*pair_of(tmp_path / "control", "blip-2"))
+    (other,) = [m for m in random.measurements if m.metric == "shift_energy_top1"]
+    assert other.value < 0.99
+
+
+def test_the_shift_is_the_difference_of_the_two_modules(tmp_path: Path):
+    tuned, base = pair_of(tmp_path, "idefics2")
+    report = audit(tuned, base)
+    config = json.loads((base / "config.json").read_text())
+    sides = []
+    for folder in (tuned, base):
+        tensors = load_file(folder / WEIGHTS)
+        projector = of_family("idefics2", tensors, config)
+        shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+        module = build(blueprint(projector, config, shapes), torch.device("cpu"))
+        sides.append(partial(module, by_role(projector, tensors)))
+    w1 = load_file(base / WEIGHTS)["model.connector.modality_projection.gate_proj.weight"]
+    x = torch.randn(200, 16, 32, dtype=torch.float64)
+    x *= w1.numel() ** 0.5 / w1.norm() / x.norm(dim=-1, keepdim=True)
+    old = sides[1](x)
+    expected = ((sides[0](x) - old).flatten(1).norm(dim=1) / old.flatten(1).norm(dim=1)).median()
+    (found,) = [m for m in report.measurements if m.metric == "shift_magnitude"]
+    assert found.value == pytest.approx(float(expected), rel=0.15)
+
+
+# What cannot be told, and what is hostile
+
+
+def test_without_transformers_it_is_not_probed_and_does_not_pass(tmp_path: Path, monkeypatch):
+    sides = pair_of(tmp_path, "idefics2")
+    monkeypatch.setattr("projaudit.module.find_spec", lambda name: None)
+    report = audit(*sides)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    (why,) = reasons(report)
+    assert "transformers is not installed; pip install 'projaudit[behaviour]'" in why
+
+
+def test_other_heads_of_the_same_weights_are_another_function(tmp_path: Path):
+    tuned, base = pair_of(tmp_path, "blip-2")
+    change(tuned, "qformer_config", num_attention_heads=2)
+    report = audit(tuned, base)
+    assert report.verdict is not Verdict.PASS
+    assert reasons(report) == {"base and target compute different functions of the same weights"}
+
+
+HOSTILE: dict[str, tuple[str, dict[str, object]]] = {
+    "as many layers as would take a day": ("qformer_config", {"num_hidden_layers": 100_000}),
+    "a width that no memory holds": ("qformer_config", {"hidden_size": 1 << 40}),
+    "another width": ("qformer_config", {"intermediate_size": 64}),
+    "a width that is a list": ("qformer_config", {"hidden_size": [48, 48]}),
+    "no heads": ("qformer_config", {"num_attention_heads": 0}),
+    "a negative number": ("qformer_config", {"cross_attention_frequency": -1}),
+    "a rate that is no number": ("qformer_config", {"layer_norm_eps": float("inf")}),
+    "an activation that is code": ("qformer_config", {"hidden_act": "__import__('os').getpid"}),
+    "an activation that is none": ("qformer_config", {"hidden_act": "no_such"}),
+    "another class": ("qformer_config", {"model_type": "llama"}),
+    "a language model of no class": ("text_config", {"model_type": "no-such"}),
+    "a part that is no object": ("", {"qformer_config": "x"}),
+    "a long list": ("", {"num_query_tokens": [5] * 100}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_config_that_is_not_the_weights_is_said_in_a_line(tmp_path: Path, name: str):
+    tuned, base = pair_of(tmp_path, "blip-2")
+    part, keys = HOSTILE[name]
+    change(tuned, part, **keys)
+    started = time.process_time()
+    report = audit(tuned, base)
+    assert time.process_time() - started < 20
+    assert report.verdict is not Verdict.PASS
+    (why,) = reasons(report)
+    assert "Blip2QFormerModel was not run" in why
+    assert "\n" not in why
+    assert len(why) < 300
+
+
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [
+        ("", {"auto_map": {"AutoModel": "evil.Model"}, "custom_code": True}),
+        ("qformer_config", {"auto_map": {"AutoModel": "evil.Model"}}),
+        ("qformer_config", {"_attn_implementation": "evil/kernel"}),
+        ("vision_config", {"backbone": "evil/model", "use_timm_backbone": True}),
+        ("text_config", {"torch_dtype": "evil", "attribute_map": {"hidden_size": "evil"}}),
+    ],
+)
+def test_keys_that_reach_elsewhere_reach_nobody(tmp_path: Path, monkeypatch, part, keys):
+    """No config key but those that the recipe names is handed to transformers."""
+    tuned, base = pair_of(tmp_path, "blip-2")
+    (tuned / "evil.py").write_text("raise SystemExit('run')")
+    change(tuned, part, **keys)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+    report = audit(tuned, base)
+    assert any(m.metric == "shift_magnitude" for m in report.measurements)
+
+
+def test_a_tensor_too_many_or_too_few_is_not_run(tmp_path: Path):
+    tuned, base = pair_of(tmp_path, "kosmos-2")
+    for folder in (tuned, base):
+        tensors = load_file(folder / WEIGHTS)
+        tensors["image_to_text_projection.extra.weight"] = torch.randn(64, 32)
+        save_file(tensors, folder / WEIGHTS)
+    report = audit(tuned, base)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    (why,) = reasons(report)
+    assert "extra.weight is not in the class and [64, 32] here" in why
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats()
+    | st.text(max_size=80),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@given(st.sampled_from(sorted(LIVE)), st.data())
+def test_whatever_a_config_holds_only_bounded_plain_values_get_through(name: str, data):
+    recipe = next(f.recipe for f in OWN if f.name == name)
+    config: dict[str, Any] = {}
+    for part, keys in recipe.keys.items():
+        given_keys = data.draw(st.dictionaries(st.sampled_from([*keys, "other"]), values))
+        config |= {part: given_keys} if part else given_keys
+    plan = Blueprint(recipe, config, "x", {}, {"weight": (2, 2)})
+    try:
+        kept = settings(plan)
+    except UnsupportedError:
+        return
+    allowed = {key for keys in recipe.keys.values() for key in keys} | recipe.keys.keys()
+    flat = [
+        v for part in kept.values() for v in (part.values() if isinstance(part, dict) else [part])
+    ]
+    assert set(kept) <= allowed
+    for value in flat:
+        assert not isinstance(value, int | float) or abs(value) <= LARGEST
+        assert not isinstance(value, str) or len(value) <= 64
