@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -13,8 +14,12 @@ BLOCK = 6
 """Tensors of a numbered module from which it is a block of a stack: a layer of a transformer."""
 VOCABULARY = 16_000
 """Rows from which a matrix is an embedding of tokens."""
+OWN_WORDS = 64
+"""Most words of a visual vocabulary that no feature holds: begin, end, rows."""
 DEEPEST = 40
 """Parts of a name that are looked at one by one."""
+NARROW = 64
+"""Smaller side from which a bare matrix may be a layer: fewer rows are queries or positions."""
 ALONE = 16
 """Most tensors of a file that is a projector and nothing else."""
 
@@ -46,7 +51,9 @@ _TOWER = re.compile(
 )
 _SOUND = re.compile(r"audio|speech|sound|whisper|^(mm\.)?a\.", re.IGNORECASE)
 _POOLING = re.compile(r"\.(head|attn_pool)\.")
-_NORM = re.compile(r"norm|ln|rms", re.IGNORECASE)
+_EMBEDDING = re.compile(r"^(?!.*proj).*(position|embed)", re.IGNORECASE)
+_STEM = re.compile(r"patch_?emb|stem|conv(2d)?1|patch_conv", re.IGNORECASE)
+_ENCODER = re.compile(r"tower|encoder|backbone|vision_model|visual$|^vit$", re.IGNORECASE)
 
 
 def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[tuple[str, ...]]:
@@ -56,10 +63,14 @@ def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[
     of blocks and of no language model leads into the language model's width; or a whole file, where
     it holds neither encoder nor language model and is a projector and nothing else.
     """
-    stacks, widths = _stacks(shapes), text_widths(shapes, config or {})
+    widths = text_widths(shapes, config or {})
+    stacks = _stacks(shapes, widths)
     paths = {name: _path(name, stacks) for name in shapes}
     found = {name for name, path in paths.items() if _decides(path)}
-    found |= set(_leading(shapes, paths, stacks, widths))
+    found |= {
+        *_leading(shapes, paths, stacks, widths),
+        *_visual_words(shapes, paths, stacks),
+    }
     if not found and not stacks and _is_alone(shapes):
         found = set(shapes)
     sound = set(filter(_SOUND.search, found))
@@ -89,23 +100,32 @@ def text_widths(shapes: Shapes, config: Mapping[str, Any]) -> set[int]:
     return widths | set(read(config))
 
 
-def _stacks(shapes: Shapes) -> set[str]:
+def _stacks(shapes: Shapes, widths: Set[int]) -> set[str]:
     """Modules of numbered blocks: those of encoders and language models, the outermost only.
 
-    A block has attention or an MLP within, or six tensors at least.
+    A block has attention or an MLP within, or six tensors at least; but no block is what leads into
+    a language model's width from another one alone: one of several mergers.
     """
     blocks: dict[str, dict[str, int]] = {}
-    for name in shapes:
+    named, writes, reads = set[str](), set[str](), set[str]()
+    for name, shape in shapes.items():
         parts = name.split(".", DEEPEST)
         for i, part in enumerate(parts[:-1]):
             if not part.isdigit():
                 continue
-            numbers = blocks.setdefault(".".join(parts[:i]), {})
+            module = ".".join(parts[:i])
+            numbers = blocks.setdefault(module, {})
             if numbers.get(part, 0) < BLOCK:
-                named = _BLOCKS.search(parts[i - 1]) if i else None
-                block = named and _BLOCK.search(".".join(parts[i + 1 :]))
-                numbers[part] = numbers.get(part, 0) + (BLOCK if block else 1)
-    stacks = {module for module, sizes in blocks.items() if max(sizes.values()) >= BLOCK}
+                found = _BLOCKS.search(parts[i - 1]) if i else None
+                if found and _BLOCK.search(".".join(parts[i + 1 :])):
+                    named.add(module)
+                    numbers[part] = BLOCK
+                numbers[part] = numbers.get(part, 0) + 1
+            if len(shape) == 2 and widths:
+                writes |= {module} if shape[0] in widths else set()
+                reads |= {module} if shape[1] in widths else set()
+    into = writes - reads - named
+    stacks = {m for m, sizes in blocks.items() if max(sizes.values()) >= BLOCK and m not in into}
     return {module for module in stacks if _stack_of(module, stacks) is None}
 
 
@@ -132,7 +152,7 @@ def module_of(name: str) -> str:
 
 def deciding_words(names: Iterable[str], shapes: Shapes, *, projector: bool) -> dict[str, str]:
     """Name -> the word in it that says that it is a projector's, or that it is something else's."""
-    stacks = _stacks(shapes)
+    stacks = _stacks(shapes, text_widths(shapes, {}))
     words = {name: _word(_path(name, stacks)) for name in names}
     return {name: word for name, (word, means) in words.items() if word and means is projector}
 
@@ -157,36 +177,125 @@ def _decides(path: str) -> bool | None:
 def _leading(
     shapes: Shapes, paths: Mapping[str, str], stacks: Set[str], widths: set[int]
 ) -> Iterator[str]:
-    """The modules outside every stack of which a matrix gives a language model's width."""
+    """All of each module, part of no encoder or language model, that leads from one to the other.
+
+    A matrix of it gives the language model's width; or it is a stack of blocks that stands between
+    them (`_between`). What else is in the module belongs to it, whatever its name.
+    """
     if len(stacks) < 2 and not any(map(_TOWER.search, stacks)):
         return  # one model alone has nothing to lead into
-    above = {
-        ".".join(stack.split(".")[:n]) for stack in stacks for n in range(len(stack.split(".")) + 1)
-    }
-
-    def root(name: str) -> str:
-        """The outermost module of a tensor that holds no stack."""
-        parts = module_of(name).split(".", DEEPEST)
-        ends = range(1, len(parts) + 1)
-        return next((r for n in ends if (r := ".".join(parts[:n])) not in above), "")
-
+    inner, queries = _between(shapes, stacks, widths)
+    towers = _above(stacks - inner.keys())
     outside = {
-        name: root(name)
+        name: _root(name, towers)
         for name, path in paths.items()
-        if path not in stacks
-        and _decides(path) is None
-        and not _POOLING.search(name)
-        and not any(map(_LANGUAGE.search, name.split(".")))
-        and not re.search("position|embed", name, re.IGNORECASE)
+        if path not in stacks or path in inner
     }
     roots = {
         module.rstrip("0123456789")
         for name, module in outside.items()
-        if module and len(shapes[name]) == 2 and shapes[name][0] in widths
+        if module
+        and _decides(paths[name]) is None
+        and not _POOLING.search(name)
+        and not any(map(_LANGUAGE.search, name.split(".")))
+        and not any(map(_EMBEDDING.search, name.split(".")))
+        and _leads(name, shapes[name], widths)
     }
+    roots |= {root.rstrip("0123456789") for root in inner.values()}
     for name, module in outside.items():
-        if module and module.rstrip("0123456789") in roots:
+        if module and (module.rstrip("0123456789") in roots or name in queries):
             yield name
+
+
+def _leads(name: str, shape: Sequence[int], widths: Set[int]) -> bool:
+    """Whether a matrix gives a language model's width; a bare one may lie the other way round."""
+    if len(shape) != 2:
+        return False
+    turned = module_of(name) == name and shape[1] in widths and shape[0] < VOCABULARY
+    return shape[0] in widths or (turned and min(shape) >= NARROW)
+
+
+def _above(stacks: Iterable[str]) -> set[str]:
+    """The stacks and all modules that hold one."""
+    return {
+        ".".join(stack.split(".")[:n]) for stack in stacks for n in range(len(stack.split(".")) + 1)
+    }
+
+
+def _root(name: str, above: Set[str]) -> str:
+    """The outermost module of a tensor that holds no stack."""
+    parts = module_of(name).split(".", DEEPEST)
+    ends = range(1, len(parts) + 1)
+    return next((r for n in ends if (r := ".".join(parts[:n])) not in above), "")
+
+
+def _between(shapes: Shapes, stacks: Set[str], widths: Set[int]) -> tuple[dict[str, str], set[str]]:
+    """Stack -> its module, of each that stands between an encoder and the language model; queries.
+
+    Its blocks read an encoder's width that they do not give, and have another than the language
+    model's: cross-attention, whose queries are a parameter of its own width. Or beside it in one
+    module, where neither words nor pixels come in, a matrix leads into the language model's width.
+    """
+    reads: dict[str, set[int]] = {stack: set() for stack in stacks}
+    gives: dict[str, set[int]] = {stack: set() for stack in stacks}
+    beside: list[tuple[str, Sequence[int]]] = []
+    for name, shape in shapes.items():
+        stack = _stack_of(name, stacks)
+        if stack is None:
+            beside.append((name, shape))
+        elif len(shape) == 2:
+            reads[stack].add(shape[1])
+            gives[stack].add(shape[0])
+    own = {stack: reads[stack] & gives[stack] for stack in stacks}
+    encoders = {stack for stack in stacks if not own[stack] & widths}
+    found: dict[str, str] = {}
+    queries: set[str] = set()
+    for stack in stacks:
+        others = encoders - {stack}
+        root = _root(f"{stack}.weight", _above(stacks - {stack}))
+        inside = [(n, s) for n, s in beside if n.startswith(f"{root}.")]
+        named = _ENCODER.search(root) or _decides(root) is False
+        if not others or not root or named or any(_comes_in(n, s) for n, s in inside):
+            continue
+        crossed = reads[stack] - gives[stack]
+        if stack in encoders and any(crossed & own[other] for other in others):
+            queries |= {
+                n for n, s in beside if module_of(n) == n and len(s) > 1 and s[-1] in own[stack]
+            }
+        elif not any(len(s) == 2 and s[0] in widths and s[1] not in widths for _, s in inside):
+            continue
+        found[stack] = root
+    return found, queries
+
+
+def _visual_words(shapes: Shapes, paths: Mapping[str, str], stacks: Set[str]) -> Iterator[str]:
+    """What tells how much of each visual word there is in a feature, and the words' embeddings.
+
+    A matrix outside the language model gives as many values as another has rows, but for a few
+    words of their own, and that one gives the width of another vocabulary: the language model's.
+    """
+    large = {
+        name: shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and shape[0] >= VOCABULARY - OWN_WORDS and paths[name] not in stacks
+    }
+    given = Counter(width for _, width in large.values())
+    tables = {name for name, (_, width) in large.items() if given[width] > 1}
+    for head, (words, width) in large.items():
+        for table in tables:
+            extra = large[table][0] - words
+            parts = module_of(table).split(".")
+            other = any(_OTHER.search(part) or part == "wte" for part in parts)
+            if large[table][1] != width and 0 <= extra < OWN_WORDS and not other:
+                yield table
+                yield head
+                yield from (n for n, shape in shapes.items() if tuple(shape) == (words,))
+
+
+def _comes_in(name: str, shape: Sequence[int]) -> bool:
+    """Whether words, pixels or sound come in by a tensor."""
+    words = len(shape) == 2 and shape[0] >= VOCABULARY
+    return words or (len(shape) > 1 and bool(_STEM.search(name)))
 
 
 def _is_alone(shapes: Shapes) -> bool:
