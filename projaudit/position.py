@@ -27,9 +27,9 @@ ALONE = 16
 # field's words for what stands between two models, and for what resembles it and does not.
 _PROJECTOR = re.compile(
     r"projector|connector|merger|adapt[eo]r|aligner|resampler|perceiver|abstractor|q_?former"
-    r"|bridge|modality|multi_?modal|image_to_text|vision_language|language_proj|patch_merge"
+    r"|bridge|modality_proj|multi_?modal|image_to_text|vision_language|language_proj|patch_merge"
     r"|proj_mlp|proj_blk|sampler$|^mm$|^mlp1$|^mlp_AR$|^linear_proj$|^projection$|^project_up$"
-    r"|^perceive$|^deepstack|^query_tokens$|^embed_(vision|audio)$|^(llama|opt|t5|llm)_proj$"
+    r"|^perceive$|^deepstack|query_tokens$|^embed_(vision|audio)$|^(llama|opt|t5|llm)_proj$"
     r"|(image|img|vision|visual|audio|speech|sound|vit)_proj",
     re.IGNORECASE,
 )
@@ -51,9 +51,9 @@ _TOWER = re.compile(
 )
 _SOUND = re.compile(r"audio|speech|sound|whisper|^(mm\.)?a\.", re.IGNORECASE)
 _POOLING = re.compile(r"\.(head|attn_pool)\.")
-_EMBEDDING = re.compile(r"^(?!.*proj).*(position|embed)", re.IGNORECASE)
+_EMBEDDING = re.compile(r"^(?!.*(proj|visual|vision|image)).*(position|embed)", re.IGNORECASE)
 _STEM = re.compile(r"patch_?emb|stem|conv(2d)?1|patch_conv", re.IGNORECASE)
-_ENCODER = re.compile(r"tower|encoder|backbone|vision_model|visual$|^vit$", re.IGNORECASE)
+_ENCODER = re.compile(r"tower|backbone|vision_model|visual$|^vit$", re.IGNORECASE)
 
 
 def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[tuple[str, ...]]:
@@ -262,7 +262,9 @@ def _between(shapes: Shapes, stacks: Set[str], widths: Set[int]) -> tuple[dict[s
             queries |= {
                 n for n, s in beside if module_of(n) == n and len(s) > 1 and s[-1] in own[stack]
             }
-        elif not any(len(s) == 2 and s[0] in widths and s[1] not in widths for _, s in inside):
+        elif "encoder" in root or not any(
+            len(s) == 2 and s[0] in widths and s[1] not in widths for _, s in inside
+        ):
             continue
         found[stack] = root
     return found, queries
@@ -284,7 +286,7 @@ def _visual_words(shapes: Shapes, paths: Mapping[str, str], stacks: Set[str]) ->
     for head, (words, width) in large.items():
         for table in tables:
             extra = large[table][0] - words
-            parts = module_of(table).split(".")
+            parts = f"{module_of(table)}.{module_of(head)}".split(".")
             other = any(_OTHER.search(part) or part == "wte" for part in parts)
             if large[table][1] != width and 0 <= extra < OWN_WORDS and not other:
                 yield table
