@@ -71,6 +71,7 @@ def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[
         *_leading(shapes, paths, stacks, widths),
         *_visual_words(shapes, paths, stacks),
     }
+    found |= set(_kin(found, shapes, paths, stacks))
     if not found and not stacks and _is_alone(shapes):
         found = set(shapes)
     sound = set(filter(_SOUND.search, found))
@@ -207,6 +208,19 @@ def _leading(
             yield name
 
 
+def _kin(
+    found: Set[str], shapes: Shapes, paths: Mapping[str, str], stacks: Set[str]
+) -> Iterator[str]:
+    """What stands beside a module that was found, and has its name and more: `clip_proj_norm`."""
+    above = _above(stacks)
+    roots = {root for name in found if (root := _root(name, above))}
+    for name, path in paths.items():
+        root = _root(name, above) if path not in stacks and _decides(path) is None else ""
+        ends = (root[:end] for end, letter in enumerate(root) if letter == "_")
+        if name not in found and len(shapes[name]) < 3 and any(end in roots for end in ends):
+            yield name
+
+
 def _leads(name: str, shape: Sequence[int], widths: Set[int]) -> bool:
     """Whether a matrix gives a language model's width; a bare one may lie the other way round."""
     if len(shape) != 2:
@@ -287,7 +301,7 @@ def _visual_words(shapes: Shapes, paths: Mapping[str, str], stacks: Set[str]) ->
         for table in tables:
             extra = large[table][0] - words
             parts = f"{module_of(table)}.{module_of(head)}".split(".")
-            other = any(_OTHER.search(part) or part == "wte" for part in parts)
+            other = any(_OTHER.search(part) and part != "head" for part in parts) or "wte" in parts
             if large[table][1] != width and 0 <= extra < OWN_WORDS and not other:
                 yield table
                 yield head
