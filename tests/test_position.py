@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from held_out import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, llava, save
@@ -130,7 +132,68 @@ def test_most_is_found_where_no_word_says_projector():
             f"z{sum(map(ord, p))}" if says else p for p, says in zip(parts, told, strict=True)
         )
 
-    assert len(missed(by_position, unnamed, built())) <= 0.3 * len(built())
+    assert len(missed(by_position, unnamed, built())) <= 0.12 * len(built())
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The words of a regular expression, those in brackets one by one."""
+    words, depth, start = [], 0, 0
+    for i, letter in enumerate(f"{pattern}|"):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "|" and depth == 0:
+            words.append(pattern[start:i])
+            start = i + 1
+    found = []
+    for word in words:
+        group = re.fullmatch(r"(\^?)\((.*)\)(.*)", word)
+        inner = alternatives(group[2]) if group else [""]
+        found += [f"{group[1]}{one}{group[3]}" for one in inner] if group else [word]
+    return found
+
+
+def test_of_families_left_out_of_the_words_most_are_found(monkeypatch):
+    """Each family is judged by the words that others need as well; GGUF's `mm.` is a format's."""
+    import projaudit.position as position
+
+    words = {
+        label: {word: re.compile(word, re.IGNORECASE) for word in alternatives(pattern.pattern)}
+        for label, pattern in (("P", position._PROJECTOR), ("N", position._OTHER))
+    }
+    by_family: dict[str, list[tuple[Record, Tensors]]] = {}
+    needed: dict[tuple[str, str], set[str]] = {}
+    for fact, tensors in hard():
+        by_family.setdefault(fact["family"], []).append((fact, tensors))
+        for label, found in words.items():
+            parts = {part for n, _, of in tensors if of == label for part in n.split(".")}
+            for word, pattern in found.items():
+                if any(map(pattern.search, parts)):
+                    needed.setdefault((label, word), set()).add(fact["family"])
+    wrong, count = [], 0
+    for family, some in by_family.items():
+        if some[0][0]["source"] == "gguf":
+            continue
+        kept = {
+            label: "|".join(w for w in found if needed.get((label, w), set()) - {family})
+            for label, found in words.items()
+        }
+        monkeypatch.setattr(position, "_PROJECTOR", re.compile(kept["P"], re.IGNORECASE))
+        monkeypatch.setattr(position, "_OTHER", re.compile(kept["N"], re.IGNORECASE))
+        position._word.cache_clear()
+        wrong += missed(by_position, some=some)
+        count += len(some)
+    position._word.cache_clear()
+    assert count > 380
+    assert len(wrong) <= 0.06 * count, wrong
+
+
+def test_of_models_that_no_file_names_most_are_found():
+    """Six of the fourteen before anybody had looked at them; the others say what is hard."""
+    exact = []
+    for name, (must, may, rest) in LAYOUTS.items():
+        found = {n for group in positioned(must | may | rest) for n in group}
+        if must.keys() <= found <= must.keys() | may.keys():
+            exact.append(name)
+    assert len(exact) >= 9, exact
 
 
 paths = st.lists(
