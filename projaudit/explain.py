@@ -74,6 +74,8 @@ def _near(
     settled = {projector.prefix for projector in projectors if projector.family != "unknown"}
     declared = set(strings(config.get("architectures")))
     for family in families():
+        if family.recipe is not None:
+            continue  # of its class or not: its architecture says so
         if family.scattered and declared.isdisjoint(family.architectures):
             continue  # its modules hold other things, so that they are there says nothing
         for module, names in modules(family, shapes).items():
