@@ -97,3 +97,20 @@ def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[floa
 
 def _words(question: str) -> list[str]:
     return question.lower().split()
+
+
+def most_common_ending(answers: Sequence[str], words: int = WORDS) -> tuple[str, float]:
+    """The longest text that more than half of the answers end with, and their share.
+
+    Empty and 0 where there is none of that many words.
+    """
+    split = [tuple(answer.lower().split()) for answer in answers]
+    found: tuple[str, ...] = ()
+    share = 0.0
+    for k in range(words, LONGEST + 1):
+        counts = Counter(said[-k:] for said in split if len(said) >= k)
+        text, n = max(counts.items(), key=lambda item: (item[1], item[0]), default=((), 0))
+        if n <= MOST_SHARE * len(split):
+            break
+        found, share = text, n / len(split)
+    return " ".join(found), share
