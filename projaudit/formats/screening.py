@@ -38,7 +38,7 @@ _AXES = {
     "departure": "held-out score of the attention",
 }
 _READING = {
-    "bye-layer": "A layer is bimodal where the two normal curves lie apart and the dip test agrees.",
+    "bye-layer": "A layer is bimodal where both normal curves lie apart and the dip test agrees.",
     "bye-mean": "The low mode is the poisoned one.",
     "tcap-head": "The group set apart is a minority of the mixture's components.",
     "departure": "Each score is of a discriminant that was fitted to other samples.",
@@ -160,11 +160,10 @@ def _chart(ident: str, one: Histogram) -> Chart:
     if one.statistic is not None and name:
         summary += f"; {name} {short(one.statistic)}"
     title = _TITLES[one.kind]
+    bins = zip(one.edges, one.edges[1:], one.kept, one.taken, strict=False)
     rows = tuple(
         (f"{number(low)} to {number(high)}", str(left), str(apart))
-        for low, high, left, apart in zip(
-            one.edges, one.edges[1:], one.kept, one.taken, strict=False
-        )
+        for low, high, left, apart in bins
         if left or apart
     )
     return Chart(
