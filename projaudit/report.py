@@ -309,7 +309,7 @@ class Report:
     def scope(self) -> str:
         """What the verdict does not cover, in a few words; stands beside every verdict."""
         if self.screened is not None:
-            return "the samples of a fine-tuning set; the model itself is not audited"
+            return "the fine-tuning set; the model is not audited"
         if self.behaviour is None:
             return "structure only; behaviour not probed"
         return "structure and behaviour"

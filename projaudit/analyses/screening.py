@@ -12,7 +12,7 @@ _BYE, _TCAP = "arXiv 2505.16916", "arXiv 2601.21692"
 def samples_to_drop(screened: Screened) -> Value:
     """Number of samples that the method says to drop"""
     texts = [text for text in screened.texts if text.confirmed]
-    names = tuple(f"{text.samples} that end with “{text.text}”" for text in texts)
+    names = tuple(f"{text.samples} end with “{text.text}”" for text in texts)
     return Value(float(screened.fates.get("drop", 0)), names or _subjects(screened, "drop"))
 
 

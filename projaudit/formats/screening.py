@@ -10,6 +10,7 @@ from projaudit.formats.charts import Chart
 from projaudit.formats.svg import histogram, quiet_matplotlib, swatch
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
+from projaudit.report import Report
 from projaudit.screened import HeatMap, Histogram, Screened, SharedText
 
 FATES = {
@@ -25,6 +26,7 @@ BLIND = (
     "answers of later turns",
 )
 """What a screening cannot see, whatever it found."""
+_DEFAULTS = {("rule", "paper"), ("positions", 16), ("batch", 8)}
 _TITLES = {
     "bye-layer": "BYE: attention entropy of a layer",
     "bye-mean": "BYE: mean entropy over the bimodal layers",
@@ -190,3 +192,32 @@ def pictures(maps: Sequence[HeatMap]) -> list[tuple[str, str, str]]:
         )
         for one in maps
     ]
+
+
+def looked(screened: Screened) -> Iterator[str]:
+    """What the verdict rests on."""
+    seen = screened.samples - screened.fates.get("unread", 0)
+    yield f"{plural(seen, 'sample')} of {screened.samples}, by {METHODS[screened.method]}"
+
+
+def not_looked(screened: Screened) -> Iterator[str]:
+    """What it does not rest on."""
+    yield "The model itself: neither its projector nor what it says was audited"
+    if unread(screened):
+        yield f"{plural(screened.fates.get('unread', 0), 'sample')}: {unread(screened)}"
+    yield from (blind[:1].upper() + blind[1:] for blind in BLIND)
+
+
+def command(report: Report) -> list[str]:
+    """The words of the command that screens the same set again."""
+    assert report.screened is not None
+    options = [f"--method={report.screened.method}"]
+    for name in ("rule", "seed", "positions", "batch", "limit", "adapter", "images", "policy"):
+        value = report.settings.get(name)
+        if value is not None and (name, value) not in _DEFAULTS:
+            options += [f"--{'layer-rule' if name == 'rule' else name}", str(value)]
+    if report.policy.fail_on != "fail":
+        options += ["--fail-on", report.policy.fail_on]
+    target = report.target
+    model = f"{target.name}@{target.commit}" if target.commit else target.name
+    return ["projaudit", "screen", *options, "--", model, report.screened.dataset]

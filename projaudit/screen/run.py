@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from projaudit import __version__
-from projaudit.errors import NothingError, UsageError
+from projaudit.errors import NothingError, UnsupportedError, UsageError
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import load_policy
@@ -65,6 +66,10 @@ def screen_dataset(
     an empty one for the rows to keep. Raises a ProjauditError with a stable `code` where there is
     no screening; what could not be told within one stands in the report.
     """
+    missing = [name for name in ("sklearn", "diptest", "pyarrow") if find_spec(name) is None]
+    if missing:
+        says = f"{', '.join(missing)} is not installed"
+        raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
     started, stages = datetime.now(UTC), dict[str, float]()
     data = open_dataset(dataset, images, offline=offline)
     with _timed(stages, "profiles"):
