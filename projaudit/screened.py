@@ -79,6 +79,7 @@ class HeatMap:
     """Attention of one row of a sample over its image."""
 
     number: int
+    fate: Fate
     where: str
     """Which row, layer and head."""
     share: float

@@ -41,6 +41,8 @@ _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
 _EXCHANGES = 3
+_SAMPLES = 25
+"""Samples of each fate that are shown."""
 _ANSWER = 320
 """Characters of an answer that are shown."""
 _KINDS = {
@@ -125,7 +127,7 @@ def _screening(screened: Screened | None) -> dict[str, Any]:
     if screened is None:
         return {"screened": None}
     tables = [
-        (words, [s for s in screened.shown if s.fate == fate], screened.fates.get(fate, 0))
+        (words, [s for s in screened.shown if s.fate == fate][:_SAMPLES], screened.fates.get(fate))
         for fate, words in screening.FATES.items()
         if fate != "keep"
     ]

@@ -188,7 +188,8 @@ def pictures(maps: Sequence[HeatMap]) -> list[tuple[str, str, str]]:
         (
             f"data:image/png;base64,{base64.b64encode(one.picture).decode()}",
             f"Attention of sample {one.number} over its image, {one.where}",
-            f"sample {one.number}: {percent(one.share)} of the row's attention is on the image",
+            f"sample {one.number}, {FATES[one.fate]}: {percent(one.share)} of the row's attention "
+            "is on the image",
         )
         for one in maps
     ]

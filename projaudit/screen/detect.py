@@ -91,7 +91,7 @@ def screen(
     if method in ("tcap", "both"):
         o = options or Options()
         high = tcap(shares, options=replace(o, alpha=min(alpha, o.alpha)), seed=seed)
-    ran = {"bye": low, "tcap": high}
+    ran = {"BYE": low, "TCAP": high}
     nothing, set_apart = [], np.zeros(len(looked_at), bool)
     for name, found in ran.items():
         if found is None:

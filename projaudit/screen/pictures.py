@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -15,11 +15,17 @@ _SIDE = 192
 """Pixels of the longer side of a picture."""
 
 
-def heat_maps(dataset: Dataset, found: Sequence[Heat], layers: Sequence[int]) -> list[HeatMap]:
-    """Pictures of the maps whose tokens are one grid; `layers` names the profiles' layers."""
+def heat_maps(
+    dataset: Dataset, found: Sequence[Heat], layers: Sequence[int], dropped: Collection[int]
+) -> list[HeatMap]:
+    """Pictures of the maps whose tokens are one grid; `layers` names the profiles' layers.
+
+    `dropped` holds the numbers of samples to drop.
+    """
     return [
         HeatMap(
             number=one.number,
+            fate="drop" if one.number in dropped else "keep",
             where=_where(one, layers),
             share=float(one.weights.sum()),
             picture=_picture(dataset, one),

@@ -161,7 +161,7 @@ def _maps(
     maps = heat(
         model, dataset, wanted, adapter=adapter, images=images, device=device, offline=offline
     )
-    return heat_maps(data, maps, _layers(found))
+    return heat_maps(data, maps, _layers(found), set(found.numbers[screening.dropped].tolist()))
 
 
 def _shown_head(screening: Screening, found: Profiles) -> tuple[int, int | None]:
