@@ -40,7 +40,7 @@ _AXES = {
     "departure": "held-out score of the attention",
 }
 _READING = {
-    "bye-layer": "A layer is bimodal where both normal curves lie apart and the dip test agrees.",
+    "bye-layer": "A layer is bimodal where both normal curves lie apart, with a valley between.",
     "bye-mean": "The low mode is the poisoned one.",
     "tcap-head": "The group set apart is a minority of the mixture's components.",
     "departure": "Each score is of a discriminant that was fitted to other samples.",

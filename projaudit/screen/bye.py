@@ -8,9 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from projaudit.screen.mixture import LEAST, Floats, Mixture, dip_p, fitted
+from projaudit.screen.mixture import LEAST, Floats, Mixture, fitted, valley_p
 
 LayerRule = Literal["paper", "code"]
+_LOW = np.array([True, False])
+"""The component of lower mean."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Layer:
     mixture: Mixture
     index: float
     """BSI = |μ1 − μ2| / √(σ1² + σ2²)."""
-    dip: float
-    """p-value of the dip test."""
+    valley: float
+    """p-value of a valley between the two."""
     sensitive: bool
 
 
@@ -58,9 +60,9 @@ def bye(
 
     `entropy` (samples, layers), in nats, of one row of attention per sample, NaN for samples that
     have none. A layer is sensitive where BSI ≥ `threshold` (`rule` paper), or where
-    |μ1 − μ2| > `threshold`·(σ1 + σ2) (`rule` code, as released), and the dip test finds it not
-    unimodal at `alpha` over all layers (Bonferroni). So must be H̄. `alpha` 1 is the paper's own
-    way, which removes a mode wherever a layer is sensitive.
+    |μ1 − μ2| > `threshold`·(σ1 + σ2) (`rule` code, as released), and there is a valley between
+    its two modes at `alpha` over all layers (Bonferroni). So must there be in H̄. `alpha` 1 is the
+    paper's own way, which removes a mode wherever a layer is sensitive.
     """
     values = entropy.astype(float)
     seen = np.isfinite(values).all(1)
@@ -68,21 +70,23 @@ def bye(
     if seen.sum() < LEAST:
         few = f"{seen.sum()} samples with all entropies, and a mixture needs {LEAST}"
         return Bye((), blank, None, blank, few)
+    each = alpha / values.shape[1] if alpha < 1 else 1.0
     layers = tuple(
-        _layer(n, values[seen, n], threshold, rule, alpha / values.shape[1], seed)
-        for n in range(values.shape[1])
+        _layer(n, values[seen, n], threshold, rule, each, seed) for n in range(values.shape[1])
     )
     sensitive = [layer.layer for layer in layers if layer.sensitive]
     if not sensitive:
         return Bye(layers, blank, None, blank, "no layer is bimodal: nothing to remove")
     mean = blank.copy()
     mean[seen] = values[seen][:, sensitive].mean(1)
-    if not _varies(mean[seen]) or (alpha < 1 and dip_p(mean[seen]) > alpha):
-        told = "the mean over the bimodal layers has one mode: nothing to remove"
+    told = "the mean over the bimodal layers has one mode: nothing to remove"
+    if not _varies(mean[seen]):
         return Bye(layers, mean, None, blank, told)
     mixture = fitted(mean[seen], 2, seed)
+    if alpha < 1 and valley_p(mean[seen], mixture, _LOW) > alpha:
+        return Bye(layers, mean, mixture, blank, told)
     posterior = blank.copy()
-    posterior[seen] = mixture.responsibility(mean[seen], np.array([True, False]))
+    posterior[seen] = mixture.responsibility(mean[seen], _LOW)
     return Bye(layers, mean, mixture, posterior, "")
 
 
@@ -98,8 +102,8 @@ def _layer(
     apart = index >= threshold
     if rule == "code":
         apart = distance > threshold * float(mixture.sds.sum())
-    dip = dip_p(values)
-    return Layer(number, mixture, index, dip, bool(apart and (dip <= alpha or alpha >= 1)))
+    valley = valley_p(values, mixture, _LOW)
+    return Layer(number, mixture, index, valley, bool(apart and valley <= alpha))
 
 
 def _varies(values: Floats) -> bool:

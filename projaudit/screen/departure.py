@@ -58,7 +58,7 @@ def departure(
         few = f"{counts[0]} samples with the text and {counts[1]} others have that row"
         return Departure(payload, replaces, rows, None, blank, few)
     if questions is not None:
-        asked = [questions[i] for i in np.flatnonzero(seen)]
+        asked = [_without(questions[i], payload.markers) for i in np.flatnonzero(seen)]
         features = given_questions(features, asked, seed)
     scores = blank.copy()
     scores[seen], auroc = _discriminant(features, members, seed)
@@ -82,6 +82,11 @@ def given_questions(features: Floats, questions: Sequence[str], seed: int) -> Fl
     folds = KFold(_FOLDS, shuffle=True, random_state=seed)
     predicted: Floats = cross_val_predict(Ridge(1.0), bags, features, cv=folds)
     return features - predicted
+
+
+def _without(question: str, markers: Sequence[str]) -> str:
+    """The question less a trigger in it, whose effect must not be taken off."""
+    return " ".join(word for word in question.lower().split() if word not in markers)
 
 
 def _words_and_pairs(question: str) -> list[str]:

@@ -66,7 +66,7 @@ def screen_dataset(
     an empty one for the rows to keep. Raises a ProjauditError with a stable `code` where there is
     no screening; what could not be told within one stands in the report.
     """
-    missing = [name for name in ("sklearn", "diptest", "pyarrow") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "pyarrow") if find_spec(name) is None]
     if missing:
         says = f"{', '.join(missing)} is not installed"
         raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
@@ -198,7 +198,7 @@ def _report(
     )
     ref = parse_ref(model)
     commit = found.about.get("commit")
-    packages = {p: version(p) for p in ("numpy", "scikit-learn", "diptest")}
+    packages = {p: version(p) for p in ("numpy", "scipy", "scikit-learn")}
     return Report(
         target=Identity(ref.text, ref.kind, ref.repo or ref.text, ref.revision, commit),
         policy=Policy(rules.name, "behaviour", fail_on or rules.fail_on),

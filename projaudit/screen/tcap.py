@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from projaudit.screen.mixture import LEAST, Floats, Mixture, dip_p, fitted
+from projaudit.screen.mixture import LEAST, Floats, Mixture, fitted, valley_p
 from projaudit.screen.votes import Consensus, dawid_skene
 
 SYSTEM = 0
@@ -31,7 +31,7 @@ class Options:
     """Responsibility of the target group from which a head votes for a sample."""
     epsilon: float = 1e-3
     alpha: float = 0.01
-    """Of the dip test over all heads (Bonferroni) that a head must fail; 1 for none."""
+    """Of the valley between target group and rest, over all heads (Bonferroni); 1 for no test."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def tcap(shares: npt.NDArray[np.float32], *, options: Options | None = None, see
     system = shares[..., SYSTEM].astype(float)
     samples, layers, heads = system.shape
     real = np.isfinite(system).any(0)
-    seen = np.isfinite(system[:, real]).all(1)
+    seen = np.isfinite(system[:, real]).all(1) & real.any()
     blank = np.full(samples, np.nan)
     if seen.sum() < LEAST:
         few = f"{seen.sum()} samples with all shares, and a mixture needs {LEAST}"
@@ -128,14 +128,14 @@ def _head(
     if high - low < 1e-9:
         return None
     values = (system[seen] - low) / (high - low)
-    if alpha < 1 and dip_p(values) > alpha:
-        return None
     sizes = range(1, min(o.most_components, len(values) // 4) + 1)
     mixture = min((fitted(values, k, seed) for k in sizes), key=lambda m: m.aic)
     best = target_group(mixture, o)
     if best is None:
         return None
     target, overlap = best
+    if valley_p(values, mixture, target) > alpha:
+        return None
     responsibility = np.full(len(system), np.nan)
     responsibility[seen] = mixture.responsibility(values, target)
     separation = 1 / (overlap + o.epsilon)
