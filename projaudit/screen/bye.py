@@ -11,6 +11,7 @@ import numpy.typing as npt
 from projaudit.screen.mixture import LEAST, Floats, Mixture, fitted, valley_p
 
 LayerRule = Literal["paper", "code"]
+_STARTS = 5
 _LOW = np.array([True, False])
 """The component of lower mean."""
 
@@ -82,7 +83,7 @@ def bye(
     told = "the mean over the bimodal layers has one mode: nothing to remove"
     if not _varies(mean[seen]):
         return Bye(layers, mean, None, blank, told)
-    mixture = fitted(mean[seen], 2, seed)
+    mixture = fitted(mean[seen], 2, seed, _STARTS)
     if alpha < 1 and valley_p(mean[seen], mixture, _LOW) > alpha:
         return Bye(layers, mean, mixture, blank, told)
     posterior = blank.copy()
@@ -96,7 +97,7 @@ def _layer(
     if not _varies(values):
         one = Mixture(np.ones(1), values[:1], np.zeros(1), np.inf)
         return Layer(number, one, 0.0, 1.0, False)
-    mixture = fitted(values, 2, seed)
+    mixture = fitted(values, 2, seed, _STARTS)
     distance = float(abs(mixture.means[1] - mixture.means[0]))
     index = distance / float(np.sqrt((mixture.sds**2).sum()))
     apart = index >= threshold

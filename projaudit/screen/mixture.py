@@ -61,14 +61,19 @@ class Mixture:
         return float(np.trapezoid(least, grid))
 
 
-def fitted(values: Floats, components: int, seed: int) -> Mixture:
-    """The maximum-likelihood mixture of that many components (scikit-learn's EM)."""
+def fitted(values: Floats, components: int, seed: int, starts: int = 1) -> Mixture:
+    """The most likely mixture of that many components (scikit-learn's EM, best of `starts`)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     column = values[:, None]
     model = GaussianMixture(
-        components, random_state=seed, init_params="k-means++", max_iter=300, reg_covar=1e-9
+        components,
+        n_init=starts,
+        random_state=seed,
+        init_params="k-means++",
+        max_iter=300,
+        reg_covar=1e-9,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
