@@ -53,7 +53,7 @@ def test_bye_indices_are_the_papers():
     layer = bye(entropy.astype(np.float32)).layers[1]
     distance = abs(layer.mixture.means[0] - layer.mixture.means[1])
     assert layer.index == pytest.approx(distance / np.sqrt((layer.mixture.sds**2).sum()))
-    nearer = two_modes(3.8, share=0.3)[0].astype(np.float32)
+    nearer = two_modes(3.5, share=0.3)[0].astype(np.float32)
     paper, code = (bye(nearer, rule=rule, alpha=1) for rule in ("paper", "code"))
     assert paper.layers[1].sensitive
     assert not code.layers[1].sensitive  # |μ1 − μ2| > 2(σ1 + σ2) asks for more

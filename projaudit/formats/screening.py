@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from projaudit.formats.charts import Chart
@@ -11,9 +11,9 @@ from projaudit.formats.svg import histogram, quiet_matplotlib, swatch
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
 from projaudit.report import Report
-from projaudit.screened import HeatMap, Histogram, Screened, SharedText
+from projaudit.screened import Fate, HeatMap, Histogram, Screened, SharedText
 
-FATES = {
+FATES: Mapping[Fate, str] = {
     "drop": "to drop",
     "apart": "apart, kept",
     "keep": "to keep",

@@ -58,7 +58,7 @@ def departure(
         few = f"{counts[0]} samples with the text and {counts[1]} others have that row"
         return Departure(payload, replaces, rows, None, blank, few)
     if questions is not None:
-        asked = [_without(questions[i], payload.markers) for i in np.flatnonzero(seen)]
+        asked = [_without(questions[i], payload.markers) for i in np.flatnonzero(seen).tolist()]
         features = given_questions(features, asked, seed)
     scores = blank.copy()
     scores[seen], auroc = _discriminant(features, members, seed)

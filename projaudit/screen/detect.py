@@ -128,7 +128,7 @@ def _told_by_questions(
     """Why samples set apart are a kind of question and no trigger; empty where they may be one."""
     if questions is None or min(members.sum(), (looked_at & ~members).sum()) < 5:
         return ""
-    asked = [questions[i] for i in np.flatnonzero(looked_at)]
+    asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]
     share, _ = explained(members[looked_at], asked, seed)
     if share < MOST_EXPLAINED:
         return ""
@@ -155,7 +155,7 @@ def _departures(
     for payload in shared_endings(said, looked_at, least, words)[:_MOST_TEXTS]:
         if any(is_confirmed(d) and _ends_with(payload, d.payload) for d in found):
             continue
-        asked = [questions[i] for i in np.flatnonzero(looked_at)]
+        asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]
         share, markers = explained(payload.holders[looked_at], asked, seed)
         if share < MOST_EXPLAINED:
             known = replace(payload, explained=share, markers=markers)

@@ -59,11 +59,7 @@ def shared_endings(
 
 
 def _payload(text: tuple[str, ...], split: Sequence[tuple[str, ...]]) -> Payload:
-    holders = np.array([said[-len(text) :] == text for said in split])
-    starts = [
-        len(" ".join(s[: -len(text)])) if h else -1 for s, h in zip(split, holders, strict=True)
-    ]
-    return Payload(text, holders, np.array(starts, np.int64), None)
+    return Payload(text, np.array([said[-len(text) :] == text for said in split], bool))
 
 
 def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[float, tuple[str, ...]]:

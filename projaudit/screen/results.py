@@ -40,7 +40,7 @@ def screened(
     samples = [
         _sample(i, profiles, screening, questions[i], answers[i]) for i in range(len(profiles.ids))
     ]
-    said = [answers[i] for i in np.flatnonzero(screening.looked_at)]
+    said = [answers[i] for i in np.flatnonzero(screening.looked_at).tolist()]
     common_text, common_share = most_common_ending(said, WORDS)
     fates = Counter(sample.fate for sample in samples)
     summary = Screened(
