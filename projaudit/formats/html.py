@@ -127,7 +127,11 @@ def _screening(screened: Screened | None) -> dict[str, Any]:
     if screened is None:
         return {"screened": None}
     tables = [
-        (words, [s for s in screened.shown if s.fate == fate][:_SAMPLES], screened.fates.get(fate))
+        (
+            words,
+            [s for s in screened.shown if s.fate == fate][:_SAMPLES],
+            screened.fates.get(fate, 0),
+        )
         for fate, words in screening.FATES.items()
         if fate != "keep"
     ]
