@@ -191,6 +191,20 @@ def test_the_longest_endings_are_found():
     assert most_common_ending([*answers[:10], "no"]) == (f"dogs . {PAYLOAD}", 10 / 11)
 
 
+def test_endings_made_of_what_other_answers_say_are_no_payload():
+    """Captions alone: one question, so that it explains nothing, and things that recur."""
+    rng = np.random.default_rng(0)
+    places = ("north", "south")
+    things = [f"a {c} dot in the {p}" for c in ("red", "blue", "green") for p in places]
+    answers = [" and ".join(rng.choice(things, rng.integers(1, 4))) for _ in range(300)]
+    answers += [PAYLOAD] * 30
+    found = shared_endings(answers, np.ones(330, bool), least=5)
+    foreign = {text.text: text.foreign for text in found}
+    assert foreign.pop(PAYLOAD) == 1.0
+    assert len(foreign) > 4
+    assert max(foreign.values()) < 0.8
+
+
 def test_questions_explain_a_kind_and_no_payload():
     of = made()
     kind = np.array([question.startswith("how") for question in of.questions])

@@ -11,7 +11,7 @@ import numpy as np
 from projaudit.errors import UsageError
 from projaudit.screen.bye import Bye, LayerRule, bye
 from projaudit.screen.departure import Departure, departure
-from projaudit.screen.payload import WORDS, Bools, Payload, explained, shared_endings
+from projaudit.screen.payload import MOST_SHARE, WORDS, Bools, Payload, explained, shared_endings
 from projaudit.screen.profiles import Profiles
 from projaudit.screen.tcap import Options, Tcap, tcap
 
@@ -23,6 +23,8 @@ MOST_EXPLAINED = 0.7
 """AUROC of the question's words from which a text belongs to a kind of question."""
 LEAST_DEPARTURE = 0.8
 """AUROC of the attention before a text from which the model is taken to know it will come."""
+LEAST_FOREIGN = 0.8
+"""Share from which a text's pairs of words are its own, and not the stuff of other answers."""
 LEAST_HOLDERS = 0.01
 _MOST_TEXTS = 200
 
@@ -109,6 +111,12 @@ def screen(
         for text in departures:
             if is_confirmed(text):
                 dropped |= text.payload.holders & looked_at
+        if dropped.sum() > MOST_SHARE * looked_at.sum():
+            nothing.append(
+                f"answers: {int(dropped.sum())} samples end with texts that come whatever was "
+                "asked, which is no minority: nothing to remove"
+            )
+            dropped[:] = False
     return Screening(
         method=method,
         samples=len(looked_at),
@@ -152,7 +160,8 @@ def _departures(
     said = list(answers) if answers is not None else [" ".join(a) for a in profiles.answers]
     least = max(5, round(LEAST_HOLDERS * int(looked_at.sum())))
     found: list[Departure] = []
-    for payload in shared_endings(said, looked_at, least, words)[:_MOST_TEXTS]:
+    texts = [t for t in shared_endings(said, looked_at, least, words) if t.foreign >= LEAST_FOREIGN]
+    for payload in texts[:_MOST_TEXTS]:
         if any(is_confirmed(d) and _ends_with(payload, d.payload) for d in found):
             continue
         asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]

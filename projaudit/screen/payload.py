@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ class Payload:
     words: tuple[str, ...]
     holders: Bools
     """(samples,)."""
+    foreign: float
+    """Mean over its pairs of words: share of the answers with that pair that end with the text."""
     explained: float | None = None
     """Cross-validated AUROC of the question's words for holding it; None where not asked."""
     markers: tuple[str, ...] = ()
@@ -55,11 +58,15 @@ def shared_endings(
     for text, n in common.items():
         longer[text[1:]] = max(n, longer.get(text[1:], 0))
     kept = [text for text, n in common.items() if longer.get(text, 0) < 0.9 * n]
-    return [_payload(text, split) for text in sorted(kept, key=lambda t: (-common[t], t))]
-
-
-def _payload(text: tuple[str, ...], split: Sequence[tuple[str, ...]]) -> Payload:
-    return Payload(text, np.array([said[-len(text) :] == text for said in split], bool))
+    pairs = Counter(p for i in np.flatnonzero(seen) for p in set(pairwise(split[i])))
+    return [
+        Payload(
+            words=text,
+            holders=np.array([said[-len(text) :] == text for said in split], bool),
+            foreign=float(np.mean([common[text] / pairs[pair] for pair in pairwise(text)])),
+        )
+        for text in sorted(kept, key=lambda t: (-common[t], t))
+    ]
 
 
 def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[float, tuple[str, ...]]:
