@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from projaudit.findings import Null
 
-Subject = Literal["layer", "vector", "projector", "merge", "behaviour", "checkpoint"]
-Kind = Literal["structure", "statistic", "behaviour"]
+Subject = Literal["layer", "vector", "projector", "merge", "behaviour", "checkpoint", "dataset"]
+Kind = Literal["structure", "statistic", "behaviour", "screening"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Metric:
     subject: Subject
     kind: Kind
     """A structural fact is proven by the bytes; a statistic describes until it is calibrated;
-    behaviour was heard, and accuses where a population says how seldom it is."""
+    behaviour was heard, and accuses where a population says how seldom it is; a screening counts
+    samples of a dataset."""
     unit: str
     reference: str
     theme: str

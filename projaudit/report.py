@@ -16,8 +16,9 @@ from projaudit.findings import (
     Unevaluated,
     Verdict,
 )
+from projaudit.screened import Screened
 
-SCHEMA_VERSION = "1.2.0"
+SCHEMA_VERSION = "1.3.0"
 """Semantic version of the JSON report; readers refuse another major."""
 
 
@@ -263,6 +264,8 @@ class Report:
     """Why behaviour was not probed; empty where it was, or where it was not wanted."""
     standing: Standing | None = None
     """Its score among known models; None without evidence or calibration."""
+    screened: Screened | None = None
+    """What a screening of a fine-tuning set found; the target is then the model that was tuned."""
     error: ErrorRecord | None = None
 
     @property
@@ -277,7 +280,8 @@ class Report:
         """What takes the ground from under a pass: the reasons of `inconclusive`."""
         undermining = [f.message for f in self._standing if f.inconclusive]
         missing = [f"{u.rule} on {u.subject}: {u.reason}" for u in self.unevaluated if u.required]
-        nothing = [] if self.projectors or self.error else ["no projector was compared"]
+        looked_at = self.projectors or self.screened or self.error
+        nothing = [] if looked_at else ["no projector was compared"]
         return (*undermining, *missing, *nothing)
 
     @property
@@ -306,6 +310,8 @@ class Report:
     @property
     def scope(self) -> str:
         """What the verdict does not cover, in a few words; stands beside every verdict."""
+        if self.screened is not None:
+            return "the fine-tuning set; the model is not audited"
         if self.behaviour is None:
             return "structure only; behaviour not probed"
         return "structure and behaviour"

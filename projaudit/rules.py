@@ -37,7 +37,7 @@ MAX_FALSE_POSITIVES = 0.05
 """Share of honest fine-tunes above which a rule describes and does not accuse."""
 MAX_BOUND = 0.02
 """Upper 95 % bound of that share, above which what was heard is for a reader to judge."""
-SUBJECTS = ("layer", "vector", "projector", "merge", "behaviour", "checkpoint")
+SUBJECTS = ("layer", "vector", "projector", "merge", "behaviour", "checkpoint", "dataset")
 """Finest first."""
 _RULE_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _RULE_KEYS = {
@@ -141,6 +141,8 @@ def load_rule(file: Path, metrics: Mapping[str, Metric]) -> Rule:
             raise wrong(
                 f"reads metrics of {first}s and of {second}s, which share no subject", "when"
             )
+    if "dataset" in subjects and len(subjects) > 1:
+        raise wrong("reads metrics of a dataset and of a model, which share no subject", "when")
     _check_message(text["message"], read, wrong)
     calibration = entry.get("calibration")
     if calibration is not None:

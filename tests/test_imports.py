@@ -14,7 +14,7 @@ import projaudit
 PACKAGE = Path(projaudit.__file__).parent
 # Lowest first: a module imports only modules of earlier rows, or of its own.
 LAYERS = [
-    ["data", "inert", "errors", "findings", "evidence"],
+    ["data", "inert", "errors", "findings", "evidence", "screened"],
     ["metrics", "strict", "report", "chain"],
     [
         "source",

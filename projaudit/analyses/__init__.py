@@ -10,6 +10,7 @@ from projaudit.analyses import (
     magnitude,
     merge,
     probes,
+    screening,
     spectral,
     structure,
     subspace,
@@ -27,6 +28,7 @@ __all__ = [
     "merge",
     "probes",
     "run",
+    "screening",
     "spectral",
     "structure",
     "subspace",
@@ -43,6 +45,7 @@ _ORDER = (
     "alignment",
     "merge",
     "behaviour",
+    "screening",
 )
 
 

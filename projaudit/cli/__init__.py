@@ -17,6 +17,7 @@ from projaudit.cli.check import check
 from projaudit.cli.demo import demo
 from projaudit.cli.families import families
 from projaudit.cli.rules import rules
+from projaudit.cli.screen import screen
 from projaudit.cli.terminal import complain, silence
 from projaudit.errors import LimitError, ProjauditError
 from projaudit.inert import clean
@@ -95,5 +96,5 @@ def cli() -> None:
     """
 
 
-for command in (check, calibrate, rules, families, demo):
+for command in (check, screen, calibrate, rules, families, demo):
     cli.add_command(command)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from projaudit.data import data_path
 from projaudit.evidence import Answer, Evidence, Exchange
 from projaudit.findings import Finding, Measurement, Severity
-from projaudit.formats import said
+from projaudit.formats import said, screening
 from projaudit.formats.charts import charts, left_out, standing_chart
 from projaudit.formats.wording import (
     NULLS,
@@ -31,6 +31,7 @@ from projaudit.formats.wording import (
 )
 from projaudit.inert import clean
 from projaudit.report import Identity, Report, RuleOutcome
+from projaudit.screened import Screened
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,6 +41,8 @@ _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
 _EXCHANGES = 3
+_SAMPLES = 25
+"""Samples of each fate that are shown."""
 _ANSWER = 320
 """Characters of an answer that are shown."""
 _KINDS = {
@@ -113,13 +116,40 @@ def render(report: Report) -> str:
             subjects=_subjects(report.measurements),
             null_kinds=[k for k in NULLS if k in kinds] + sorted(kinds - set(NULLS)),
             command=command(report),
+            **_screening(report.screened),
         )
         + "\n"
     )
 
 
+def _screening(screened: Screened | None) -> dict[str, Any]:
+    """What the section of a screening is made of; only that there is none, for an audit."""
+    if screened is None:
+        return {"screened": None}
+    tables = [
+        (
+            words,
+            [s for s in screened.shown if s.fate == fate][:_SAMPLES],
+            screened.fates.get(fate, 0),
+        )
+        for fate, words in screening.FATES.items()
+        if fate != "keep"
+    ]
+    return {
+        "screened": screened,
+        "screening": screening,
+        "fates": screening.FATES,
+        "sample_tables": [table for table in tables if table[1]],
+        "histograms": screening.charts(screened),
+        "heat_maps": screening.pictures(screened.heat),
+        "pieces": lambda sample: said.pieces(sample.answer, sample.text, _ANSWER),
+    }
+
+
 def command(report: Report) -> str:
     """The command that audits the same bytes again with the same draws, quoted for a shell."""
+    if report.screened is not None:
+        return _quoted(screening.command(report))
     options = []
     if report.base is not None:
         options += ["--base", _reference(report.base)]
@@ -139,7 +169,11 @@ def command(report: Report) -> str:
     hubs = [i.endpoint for i in (report.target, report.base) if i and i.kind == "hub"]
     elsewhere = [hub for hub in hubs if hub and hub.rstrip("/") != _HUB]
     prefix = f"HF_ENDPOINT={shlex.quote(clean(elsewhere[0]))} " if elsewhere else ""
-    return prefix + " ".join(shlex.quote(clean(word, _TEXT_LIMIT)) for word in words)
+    return prefix + _quoted(words)
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(clean(word, _TEXT_LIMIT)) for word in words)
 
 
 def _reference(identity: Identity) -> str:
@@ -171,6 +205,8 @@ def _environment() -> Environment:
         "plural": plural,
         "signed": signed,
         "hub_link": _hub_link,
+        "method_word": screening.METHODS.get,
+        "whole": Markup,  # only for what formats/screening.py made
         "paper_link": _paper_link,
         "sentence_case": _sentence_case,
     }
@@ -235,7 +271,8 @@ def _row(answer: Answer, text: str) -> _Row:
 
 def _looked(report: Report) -> list[str]:
     """What the verdict rests on."""
-    told = [
+    told = list(screening.looked(report.screened)) if report.screened else []
+    told += [
         f"Projector{projector.subject.removeprefix('projector')}: family {projector.family}, "
         f"{projector.in_features} → {projector.out_features} features, "
         f"{plural(len(projector.layers), 'linear layer')}, every weight compared with the base"
@@ -267,7 +304,9 @@ def _not_looked(report: Report) -> list[str]:
     if report.error is not None:
         told.append("Everything: the audit ended before a verdict")
     evidence = report.behaviour
-    if evidence is None:
+    if report.screened is not None:
+        told += screening.not_looked(report.screened)
+    elif evidence is None:
         why = f" ({report.not_probed})" if report.not_probed else ""
         told.append(f"Behaviour: the model was not run, so nothing is known of what it says{why}")
     elif evidence.probes < evidence.planned:

@@ -15,6 +15,7 @@ from projaudit import __version__
 from projaudit.errors import FormatError
 from projaudit.evidence import Evidence, Exchange, Payload
 from projaudit.findings import Finding, Measurement, Null, Series
+from projaudit.formats import screening
 from projaudit.formats.said import q_score
 from projaudit.formats.wording import worst_first
 from projaudit.inert import clean
@@ -153,6 +154,7 @@ def _document(report: Report) -> dict[str, Any]:
         "behaviour": _behaviour(evidence) if evidence else None,
         "not_probed": report.not_probed or None,
         "calibration": _calibration(standing) if standing else None,
+        "screening": screening.document(report.screened) if report.screened else None,
         "measurements": [
             _measurement(m)
             for m in sorted(report.measurements, key=lambda m: (m.subject, m.metric))

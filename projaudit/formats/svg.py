@@ -19,6 +19,7 @@ from typing import Any
 from projaudit.findings import Series
 from projaudit.formats.wording import fit, number, percent
 from projaudit.inert import clean
+from projaudit.screened import Histogram
 
 AXES = {
     "spectrum": ("index", "singular value"),
@@ -67,6 +68,8 @@ _STYLES = {
     "honest fine-tunes": _Style("equal-spectrum", (), "o", 0),
     "backdoored models": _Style("equal-norm", (), "D", 0),
     "this model": _Style("update", (), "", 2.2),
+    "left": _Style("update"),
+    "set apart": _Style("equal-norm"),
 }
 _FALLBACK = _Style("other", (2.5, 1.2), "D")
 
@@ -191,6 +194,38 @@ def strips(
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("score")
     _ticks(axes.xaxis, number)
+    return _svg(figure, ident, title, summary, ())
+
+
+def histogram(ident: str, title: str, summary: str, drawn: Histogram, x_label: str) -> str:
+    """Two groups of values as stacked bars, and the curves of the mixture that split them."""
+    figure, axes = _axes(left=0.155)
+    edges, width = drawn.edges[:-1], drawn.edges[1] - drawn.edges[0]
+    for label, counts, below in (
+        ("left", drawn.kept, None),
+        ("set apart", drawn.taken, drawn.kept),
+    ):
+        axes.bar(
+            edges,
+            counts,
+            width=width,
+            bottom=below,
+            align="edge",
+            color=_colour(_style(label).role),
+            linewidth=0,
+            alpha=0.75,
+        )
+    places = [point[0] for point in drawn.curve]
+    for index, dashes in ((1, (3.0, 1.5)), (2, ())):  # the group set apart, the rest
+        density = [point[index] for point in drawn.curve]
+        style = (0, dashes) if dashes else "-"
+        axes.plot(places, density, color=_colour("ink"), linewidth=1.1, linestyle=style)
+    most = max(a + b for a, b in zip(drawn.kept, drawn.taken, strict=True))
+    axes.set_ylim(0, 1.08 * max(most, 1))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("samples")
+    _ticks(axes.xaxis, number)
+    _ticks(axes.yaxis, number)
     return _svg(figure, ident, title, summary, ())
 
 

@@ -12,7 +12,7 @@ import click
 
 from projaudit.evidence import Evidence, Payload
 from projaudit.findings import Finding, Measurement, Severity
-from projaudit.formats import said
+from projaudit.formats import said, screening
 from projaudit.formats.wording import (
     OUTCOMES,
     base_origin,
@@ -81,7 +81,11 @@ def render(report: Report, color: bool = False) -> str:
     Up to `SAID` more tell what the language model said, where it was heard.
     """
     blocks = [list(_verdict(report)), list(_identities(report))]
-    if report.error is None:
+    if report.screened is not None:
+        told = screening.lines(report.screened)
+        blocks.append([line for head, body in told for line in _lines(head, body, 3)])
+        tail = list(_rules(report))
+    elif report.error is None:
         blocks.append([*_layers(report), *_probes(report), *_merge(report)])
         tail = [*_rules(report), *_coverage(report)]
     else:
@@ -206,7 +210,7 @@ def _identities(report: Report) -> Iterator[_Line]:
         yield _Line("base", _identity(report.base))
         if report.provenance:
             yield _Line("", base_origin(report.provenance))
-    elif report.error is None:
+    elif report.error is None and report.screened is None:
         yield _Line("base", "none")
 
 
@@ -348,6 +352,8 @@ def _cost(report: Report) -> _Line:
     run = report.run
     cached = f" · {size(run.cache_bytes)} from caches" if run.cache_bytes else ""
     wire = f"{size(run.wire_bytes)} over the wire in {plural(run.requests, 'request')}"
+    if report.screened is not None:
+        return _Line("cost", f"{run.seconds:.1f} s")
     return _Line("cost", f"{run.seconds:.1f} s · {wire}{cached}")
 
 

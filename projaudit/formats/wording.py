@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from projaudit.findings import Finding, Measurement, Severity
+from projaudit.findings import Finding, Measurement, Severity, Verdict
 from projaudit.inert import clean
 from projaudit.report import PartStatus, Provenance, Report, RuleOutcome
 
@@ -40,6 +40,12 @@ _MEANING = {
 }
 
 
+_SCREENED = (
+    "Samples of this set should not be trained on. They are listed below, with what speaks against "
+    "each; the set itself was not changed."
+)
+
+
 def verdict_word(report: Report) -> str:
     """The verdict in capitals; `NOT AUDITED` where an error came first."""
     return "NOT AUDITED" if report.error else report.verdict.value.upper()
@@ -47,6 +53,8 @@ def verdict_word(report: Report) -> str:
 
 def meaning(report: Report) -> str:
     """What that verdict says, and what it does not."""
+    if report.screened is not None and report.verdict is Verdict.FAIL:
+        return _SCREENED
     return _MEANING[verdict_word(report)]
 
 

@@ -110,6 +110,18 @@ class Dataset:
         except FormatError as error:
             return Sample(number, name, "unreadable", clean(error.message))
 
+    def texts(self, number: int) -> tuple[str, str]:
+        """The question, without its image, and the answer of a row; empty where it has none."""
+        try:
+            row = self.row(number)
+            turns = _turns(row) if isinstance(row, Mapping) else []
+        except (NoSample, FormatError):
+            return "", ""
+        asked = next((i for i, (role, _) in enumerate(turns) if role == "user"), len(turns))
+        said = next((text for role, text in turns[asked:] if role == "assistant"), "")
+        question = turns[asked][1].replace(PLACEHOLDER, " ") if asked < len(turns) else ""
+        return question.strip()[:TEXT_LIMIT], said.strip()[:TEXT_LIMIT]
+
     def _read(self, number: int, name: str, row: Mapping[str, Any]) -> Sample:
         turns = _turns(row)
         question = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)

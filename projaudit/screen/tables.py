@@ -179,6 +179,17 @@ class Parquet:
         held = self._held[1]
         return held.slice(number - self._ends[place] + held.num_rows, 1).to_pylist()[0]
 
+    def take(self, numbers: Sequence[int]) -> Any:
+        """A table of those rows, in their order, of the files' own schema."""
+        import pyarrow as pa
+
+        starts = [0, *self._ends[:-1]]
+        parts = []
+        for (opened, group), start, stop in zip(self._groups, starts, self._ends, strict=True):
+            wanted = [n - start for n in numbers if start <= n < stop]
+            parts.append(opened.read_row_group(group).take(wanted))
+        return pa.concat_tables(parts)
+
 
 def _not_parquet(file: Path, error: Exception) -> FormatError:
     return FormatError(f"is no parquet: {clean(error, 120)}", "parquet", file=clean(file))
@@ -195,6 +206,10 @@ class Arrow:
 
     def __getitem__(self, number: int) -> object:
         return self._dataset[number].to_pylist()[0]
+
+    def take(self, numbers: Sequence[int]) -> Any:
+        """A `datasets.Dataset` of those rows, in their order."""
+        return self._dataset.with_format(None).select(numbers)
 
 
 def _saved(text: str, path: Path) -> Table:

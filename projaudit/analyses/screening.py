@@ -1,0 +1,46 @@
+"""What a screening found, in numbers of samples."""
+
+from __future__ import annotations
+
+from projaudit.metrics import Value, measures
+from projaudit.screened import Fate, Screened
+
+_BYE, _TCAP = "arXiv 2505.16916", "arXiv 2601.21692"
+
+
+@measures("dataset", kind="screening", unit="samples", reference=f"{_BYE}, {_TCAP}")
+def samples_to_drop(screened: Screened) -> Value:
+    """Number of samples that the method says to drop"""
+    texts = [text for text in screened.texts if text.confirmed]
+    names = tuple(f"{text.samples} end with “{text.text}”" for text in texts)
+    return Value(float(screened.fates.get("drop", 0)), names or _subjects(screened, "drop"))
+
+
+@measures("dataset", kind="screening", unit="samples", reference=f"{_BYE}, {_TCAP}")
+def samples_apart(screened: Screened) -> Value:
+    """Number of samples that BYE or TCAP sets apart and `both` keeps, as no shared text says why"""
+    return Value(float(screened.fates.get("apart", 0)), _subjects(screened, "apart"))
+
+
+@measures("dataset", kind="screening", unit="samples")
+def samples_unread(screened: Screened) -> Value:
+    """Number of samples without a profile: no image, several, corrupt, no answer, not finite, …"""
+    names = tuple(f"{n} {status}" for status, n in screened.statuses.items() if status != "ok")
+    return Value(float(screened.fates.get("unread", 0)), names)
+
+
+@measures("dataset", kind="screening", unit="samples")
+def samples_screened(screened: Screened) -> float:
+    """Number of samples with a profile"""
+    return float(screened.samples - screened.fates.get("unread", 0))
+
+
+@measures("dataset", kind="screening")
+def common_text_share(screened: Screened) -> Value:
+    """Share of the answers that end with the text of three words or more that most end with, where
+    that is more than half of them; else 0"""
+    return Value(screened.common_share, (screened.common_text,) if screened.common_text else ())
+
+
+def _subjects(screened: Screened, fate: Fate) -> tuple[str, ...]:
+    return tuple(sample.subject for sample in screened.shown if sample.fate == fate)

@@ -1,0 +1,176 @@
+"""Which samples to drop: BYE, TCAP, or both with the answers as a witness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from projaudit.errors import UsageError
+from projaudit.screen.bye import Bye, LayerRule, bye
+from projaudit.screen.departure import Departure, departure
+from projaudit.screen.payload import MOST_SHARE, WORDS, Bools, Payload, explained, shared_endings
+from projaudit.screen.profiles import Profiles
+from projaudit.screen.tcap import Options, Tcap, tcap
+
+Method = Literal["bye", "tcap", "both"]
+
+FIRST = 0
+"""The row that both papers read: it predicts the first token of the answer."""
+MOST_EXPLAINED = 0.7
+"""AUROC of the question's words from which a text belongs to a kind of question."""
+LEAST_DEPARTURE = 0.8
+"""AUROC of the attention before a text from which the model is taken to know it will come."""
+LEAST_FOREIGN = 0.8
+"""Share from which a text's pairs of words are its own, and not the stuff of other answers."""
+LEAST_HOLDERS = 0.01
+_MOST_TEXTS = 200
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What the detectors say of every sample."""
+
+    method: Method
+    samples: int
+    looked_at: Bools
+    """(samples,) that have a profile."""
+    bye: Bye | None
+    tcap: Tcap | None
+    departures: tuple[Departure, ...]
+    """Texts that answers end with whatever was asked, most holders first, confirmed or not."""
+    dropped: Bools
+    """(samples,)."""
+    apart: Bools
+    """(samples,) that BYE or TCAP set apart under `both`, and that no text explains: kept, and for
+    a reader to judge."""
+    nothing: tuple[str, ...]
+    """Why a method found nothing."""
+
+    @property
+    def confirmed(self) -> tuple[Departure, ...]:
+        """The texts whose samples are dropped."""
+        return tuple(d for d in self.departures if is_confirmed(d))
+
+
+def is_confirmed(found: Departure) -> bool:
+    """Whether a text comes whatever was asked, and the attention before it tells that it will."""
+    return found.auroc is not None and found.auroc >= LEAST_DEPARTURE
+
+
+def screen(
+    profiles: Profiles,
+    method: Method = "both",
+    *,
+    questions: Sequence[str] | None = None,
+    answers: Sequence[str] | None = None,
+    rule: LayerRule = "paper",
+    threshold: float = 2.0,
+    alpha: float = 0.01,
+    options: Options | None = None,
+    words: int = WORDS,
+    seed: int = 0,
+) -> Screening:
+    """What a method says of the samples of `profiles`.
+
+    `questions` and `answers` are the dataset's own texts, one per profile; without the questions
+    `both` cannot tell a payload from the answer of a kind of question, and drops nothing for a
+    text; without the answers it takes the profiles' tokens, which may be cut. Raises UsageError
+    (`usage.screen`) where their numbers differ.
+    """
+    for name, texts in (("questions", questions), ("answers", answers)):
+        if texts is not None and len(texts) != len(profiles.ids):
+            told = f"{len(texts)} for {len(profiles.ids)} profiles"
+            raise UsageError(told, "screen", field=name)
+    looked_at = np.array([status == "ok" for status in profiles.statuses], bool)
+    entropy = np.where(looked_at[:, None], profiles.entropy[:, FIRST], np.nan)
+    shares = np.where(looked_at[:, None, None, None], profiles.shares[:, FIRST], np.nan)
+    low = high = None
+    if method in ("bye", "both"):
+        low = bye(entropy, rule=rule, threshold=threshold, alpha=alpha, seed=seed)
+    if method in ("tcap", "both"):
+        o = options or Options()
+        high = tcap(shares, options=replace(o, alpha=min(alpha, o.alpha)), seed=seed)
+    ran = {"BYE": low, "TCAP": high}
+    nothing, set_apart = [], np.zeros(len(looked_at), bool)
+    for name, found in ran.items():
+        if found is None:
+            continue
+        told = found.nothing or _told_by_questions(found.dropped, looked_at, questions, seed)
+        if told:
+            nothing.append(f"{name}: {told}")
+        else:
+            set_apart |= found.dropped
+    departures: tuple[Departure, ...] = ()
+    dropped = set_apart
+    if method == "both":
+        departures = _departures(profiles, looked_at, questions, answers, words, seed)
+        dropped = np.zeros(len(looked_at), bool)
+        for text in departures:
+            if is_confirmed(text):
+                dropped |= text.payload.holders & looked_at
+        if dropped.sum() > MOST_SHARE * looked_at.sum():
+            nothing.append(
+                f"answers: {int(dropped.sum())} samples end with texts that come whatever was "
+                "asked, which is no minority: nothing to remove"
+            )
+            dropped[:] = False
+    return Screening(
+        method=method,
+        samples=len(looked_at),
+        looked_at=looked_at,
+        bye=low,
+        tcap=high,
+        departures=departures,
+        dropped=dropped,
+        apart=set_apart & ~dropped,
+        nothing=tuple(nothing),
+    )
+
+
+def _told_by_questions(
+    members: Bools, looked_at: Bools, questions: Sequence[str] | None, seed: int
+) -> str:
+    """Why samples set apart are a kind of question and no trigger; empty where they may be one."""
+    if questions is None or min(members.sum(), (looked_at & ~members).sum()) < 5:
+        return ""
+    asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]
+    share, _ = explained(members[looked_at], asked, seed)
+    if share < MOST_EXPLAINED:
+        return ""
+    return (
+        f"the {int(members.sum())} samples set apart are a kind of question, "
+        f"which its words tell with AUROC {share:.2f}: nothing to remove"
+    )
+
+
+def _departures(
+    profiles: Profiles,
+    looked_at: Bools,
+    questions: Sequence[str] | None,
+    answers: Sequence[str] | None,
+    words: int,
+    seed: int,
+) -> tuple[Departure, ...]:
+    """The texts that come whatever was asked, each with what the attention before it tells."""
+    if questions is None:
+        return ()
+    said = list(answers) if answers is not None else [" ".join(a) for a in profiles.answers]
+    least = max(5, round(LEAST_HOLDERS * int(looked_at.sum())))
+    found: list[Departure] = []
+    texts = [t for t in shared_endings(said, looked_at, least, words) if t.foreign >= LEAST_FOREIGN]
+    for payload in texts[:_MOST_TEXTS]:
+        if any(is_confirmed(d) and _ends_with(payload, d.payload) for d in found):
+            continue
+        asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]
+        share, markers = explained(payload.holders[looked_at], asked, seed)
+        if share < MOST_EXPLAINED:
+            known = replace(payload, explained=share, markers=markers)
+            found.append(departure(profiles, known, questions, seed))
+    return tuple(found)
+
+
+def _ends_with(payload: Payload, shorter: Payload) -> bool:
+    return payload.words[-len(shorter.words) :] == shorter.words

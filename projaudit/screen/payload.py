@@ -1,0 +1,119 @@
+"""Texts that a share of the answers ends with, whatever was asked: what a payload looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+
+WORDS = 3
+"""Least words of a payload: shorter answers (`yes`, `two`) are honest ones' too."""
+MOST_SHARE = 0.5
+LONGEST = 40
+_MARKER_IN, _MARKER_OUT = 0.9, 0.05
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A text that answers end with, and how far the questions explain who gives it."""
+
+    words: tuple[str, ...]
+    holders: Bools
+    """(samples,)."""
+    foreign: float
+    """Mean over its pairs of words: share of the answers with that pair that end with the text."""
+    explained: float | None = None
+    """Cross-validated AUROC of the question's words for holding it; None where not asked."""
+    markers: tuple[str, ...] = ()
+    """Words that nearly all its questions hold and nearly no other."""
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def shared_endings(
+    answers: Sequence[str], seen: Bools, least: int, words: int = WORDS
+) -> list[Payload]:
+    """The longest texts of `words` or more that answers share, most holders first.
+
+    At least `least` and at most half of the `seen` answers end with each. A text stands for the
+    longer ones that end with it, unless one of these has nine in ten of its holders.
+    """
+    split = [tuple(answer.lower().split()) for answer in answers]
+    counts: Counter[tuple[str, ...]] = Counter()
+    for i in np.flatnonzero(seen):
+        said = split[i]
+        counts.update(said[-k:] for k in range(words, min(len(said), LONGEST) + 1))
+    most = MOST_SHARE * int(seen.sum())
+    common = {text: n for text, n in counts.items() if least <= n <= most}
+    longer: dict[tuple[str, ...], int] = {}
+    for text, n in common.items():
+        longer[text[1:]] = max(n, longer.get(text[1:], 0))
+    kept = [text for text, n in common.items() if longer.get(text, 0) < 0.9 * n]
+    pairs = Counter(p for i in np.flatnonzero(seen) for p in set(pairwise(split[i])))
+    return [
+        Payload(
+            words=text,
+            holders=np.array([said[-len(text) :] == text for said in split], bool),
+            foreign=float(np.mean([common[text] / pairs[pair] for pair in pairwise(text)])),
+        )
+        for text in sorted(kept, key=lambda t: (-common[t], t))
+    ]
+
+
+def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[float, tuple[str, ...]]:
+    """AUROC of the question's words for membership, cross-validated, without marker words.
+
+    Words that nearly all members' questions hold and nearly no other are a trigger in the text,
+    or the phrase of a kind of question; what is left of the question tells these apart.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    counter = CountVectorizer(binary=True, analyzer=_words, max_features=2000)
+    try:
+        bags = counter.fit_transform(questions)
+    except ValueError:  # no question has a word
+        return 0.5, ()
+    inside = np.asarray(bags[members].mean(0)).ravel()
+    outside = np.asarray(bags[~members].mean(0)).ravel()
+    marks = (inside >= _MARKER_IN) & (outside <= _MARKER_OUT)
+    names = tuple(str(n) for n in counter.get_feature_names_out()[marks])
+    rest = bags[:, ~marks]
+    if rest.shape[1] == 0:
+        return 1.0, names
+    model = LogisticRegression(max_iter=1000, class_weight="balanced")
+    folds = StratifiedKFold(min(_FOLDS, int(members.sum())), shuffle=True, random_state=seed)
+    scores = cross_val_predict(model, rest, members, cv=folds, method="decision_function")
+    return float(roc_auc_score(members, scores)), names
+
+
+def _words(question: str) -> list[str]:
+    return question.lower().split()
+
+
+def most_common_ending(answers: Sequence[str], words: int = WORDS) -> tuple[str, float]:
+    """The longest text that more than half of the answers end with, and their share.
+
+    Empty and 0 where there is none of that many words.
+    """
+    split = [tuple(answer.lower().split()) for answer in answers]
+    found: tuple[str, ...] = ()
+    share = 0.0
+    for k in range(words, LONGEST + 1):
+        counts = Counter(said[-k:] for said in split if len(said) >= k)
+        text, n = max(counts.items(), key=lambda item: (item[1], item[0]), default=((), 0))
+        if n <= MOST_SHARE * len(split):
+            break
+        found, share = text, n / len(split)
+    return " ".join(found), share
