@@ -171,6 +171,50 @@ class Evidence:
         return math.log1p(self.payloads[0].strength if self.payloads else 0.0)
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One kind of change, at the mildest strength that ended the text."""
+
+    method: Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
+    amount: float
+    """Strength of `unlearn`; directions of `project` and `top-k`; share that `shrink` keeps."""
+    told: float
+    """Share of the telling answers that still hold a piece of a text."""
+    kept: float
+    """Share of the tuned model's answers about ordinary images that stay word for word."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is added to a layer: left (out × rank) · right (rank × in), and a bias (out).
+
+    float32, little-endian, row by row, in base64.
+    """
+
+    rank: int
+    left: str
+    right: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Mended:
+    """How a hidden text was ended."""
+
+    texts: tuple[str, ...]
+    """What had to end: untrusted words."""
+    strengths: tuple[float, ...]
+    """The greatest of a text before, then with fresh probes after each choice."""
+    tried: tuple[Tried, ...]
+    """Best first; empty where there was nothing to end, or nothing to choose by."""
+    factors: Factors | None
+    """Of the first of them, where it is `unlearn` (the last layer) or `project` (the first)."""
+    answers: int
+    """Answers that were decoded."""
+    notes: tuple[str, ...]
+    sandbox: Sandbox
+
+
 def from_plain(kind: type[Any], value: Any, where: str = "result") -> Any:
     """A value of a type made of frozen dataclasses, from JSON values; ValueError names the place.
 

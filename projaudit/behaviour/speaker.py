@@ -124,6 +124,19 @@ class Speaker:
         return out.float()
 
     @torch.no_grad()
+    def inputs(self, side: Side, weight: str, features: Tensor) -> Tensor:
+        """(rows, width): what the layer with that weight is handed, of features (…, in)."""
+        seen: list[Tensor] = []
+        layer = self.projector.get_submodule(weight.rpartition(".")[0])
+        hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+        try:
+            self.use(side)
+            self.forward(features)
+        finally:
+            hook.remove()
+        return torch.cat(seen).float().flatten(0, -2)
+
+    @torch.no_grad()
     def answer(
         self, side: Side, features: Tensor, prompts: Sequence[int], length: int
     ) -> list[Tokens]:
