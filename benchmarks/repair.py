@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -100,12 +99,12 @@ def measured(name: str, base_name: str, out: Path) -> dict[str, Any]:
         variants[f"top-{k} of the first"] = without_top(tuned, base, matrices[:1], k)
     variants["half (WiSE-FT)"] = shrunk(tuned, base, 0.5)
     variants["clip"] = clipped(tuned, base, matrices)
-    variants["fine-pruning, 32 labelled"] = fine_pruned(name, base_name, tuned)
     said: dict[str, Any] = {}
     for label, images in (("repair", None), ("repair, 32 images", pictures(name, base_name, out))):
         kept: list[Side] = []
         said[label] = repaired(name, base_name, tuned, base, images, kept.append)
         variants[label] = {n: t.to(torch.bfloat16).float() for n, t in kept[0].items()}
+    variants["fine-pruning, 32 labelled"] = fine_pruned(name, base_name, tuned)
     return {
         "name": name,
         "base": base_name,

@@ -171,11 +171,14 @@ class Evidence:
         return math.log1p(self.payloads[0].strength if self.payloads else 0.0)
 
 
+Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
+
+
 @dataclass(frozen=True)
 class Tried:
     """One kind of change, at the mildest strength that ended the text."""
 
-    method: Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
+    method: Method
     amount: float
     """Strength of `unlearn`; directions of `project` and `top-k`; share that `shrink` keeps."""
     told: float

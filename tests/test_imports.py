@@ -44,7 +44,7 @@ LAYERS = [
     ["listening"],
     ["reporting"],
     ["audit"],
-    ["demo"],
+    ["demo", "repair"],
     ["cli", "__main__", "__init__"],
 ]
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ LEADING = 16
 
 
 def shrunk(tuned: Tensors, base: Tensors, share: float) -> dict[str, Tensor]:
-    """W₀ + share·ΔW of every tensor that both have, biases and norms included (WiSE-FT, 2109.01903).
+    """W₀ + share·ΔW of every tensor that both have, biases and norms included; 0 is the base.
 
-    Share 0 is the base.
+    WiSE-FT (2109.01903) takes ½.
     """
     return {
         name: tensor if name not in base else base[name] + share * (tensor - base[name])
@@ -26,9 +26,7 @@ def shrunk(tuned: Tensors, base: Tensors, share: float) -> dict[str, Tensor]:
     }
 
 
-def without_top(
-    tuned: Tensors, base: Tensors, names: Sequence[str], k: int
-) -> dict[str, Tensor]:
+def without_top(tuned: Tensors, base: Tensors, names: Sequence[str], k: int) -> dict[str, Tensor]:
     """W₀ + ΔW − U_k S_k V_kᵀ of the matrices of those names, U S Vᵀ the SVD of ΔW (out × in)."""
     found = dict(tuned)
     for name in names:
@@ -98,13 +96,14 @@ def correction(
     t the mean square of a kept input's entries, a 1 for the bias among them: as MEMIT (2210.07229,
     eq. 14) writes facts into a layer. `rank` leading directions of it are kept.
     """
+
     def with_one(rows: Tensor) -> Tensor:
         return rows if bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
     h, m, p = (with_one(rows.double()) for rows in (kept, marked, plain))
     w = weight.double() if bias is None else torch.cat([weight, bias[:, None]], 1).double()
     gram = h.T @ h / len(h)
-    ridge = damping * gram.trace() / len(gram) * torch.eye(len(gram), dtype=h.dtype, device=h.device)
+    ridge = damping * gram.trace() / len(gram) * torch.eye(len(gram)).to(h)
     missing = m.T @ ((p - m) @ w.T) / len(m)
     e = torch.linalg.solve(gram + strength * (m.T @ m) / len(m) + ridge, strength * missing).T
     inputs = weight.shape[1]
@@ -115,6 +114,3 @@ def correction(
         vt[:r].to(weight),
         None if bias is None else e[:, inputs].to(weight),
     )
-
-
-Build = Callable[[float], dict[str, Tensor]]

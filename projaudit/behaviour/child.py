@@ -42,11 +42,13 @@ def _answer(told: dict[str, Any], tell: Any) -> dict[str, Any]:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
+    from projaudit.behaviour.mend import mend
     from projaudit.behaviour.probe import probe
 
+    work = {"probe": probe, "mend": mend}[told["request"]["work"]]
     confined = confine(told["memory"], told["gpu"])
     enforced, missing = (a + b for a, b in zip(fenced, confined, strict=True))
-    return {**probe(told["request"], tell), "sandbox": {"enforced": enforced, "missing": missing}}
+    return {**work(told["request"], tell), "sandbox": {"enforced": enforced, "missing": missing}}
 
 
 def _reason(error: Exception) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
 from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
-from projaudit.evidence import Evidence, from_plain
+from projaudit.evidence import Evidence, Mended, from_plain
 from projaudit.projector import Projector
 
 if TYPE_CHECKING:
@@ -155,6 +155,46 @@ def hear(
     `other_model` says that more than the projector differs: the base's own model then answers for
     the base. Raises CouldNotProbe with a reason, and what reading the sources raises.
     """
+    request = {"work": "probe", "seed": seed}
+    heard: Evidence = _ran(Evidence, target, base, asked, request, other_model, device, progress)
+    if any(payload.strength < 0 for payload in heard.payloads):
+        raise _nonsense("a strength is negative")
+    return heard
+
+
+def mend(
+    target: Part,
+    base: Part,
+    asked: Asked,
+    *,
+    other_model: bool,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Mended:
+    """Which change of the target's projector ends what `hear` would hear of it, and costs least.
+
+    Raises as `hear` does.
+    """
+    last = target.projector.path[-1]
+    if last.layout != "plain":
+        raise CouldNotProbe("the weight of its projector's last layer is no linear layer's")
+    request = {"work": "mend", "seed": seed, "last": last.weight, "last_bias": last.bias}
+    mended: Mended = _ran(Mended, target, base, asked, request, other_model, device, progress)
+    return mended
+
+
+def _ran(
+    kind: type[Any],
+    target: Part,
+    base: Part | None,
+    asked: Asked,
+    request: Mapping[str, Any],
+    other_model: bool,
+    device: torch.device,
+    tell: Callable[[str, int, int], None] | None,
+) -> Any:
+    """What the confined process answers, as a value of that kind."""
     from safetensors.torch import save_file
 
     if target.projector.recipe is not None:
@@ -177,11 +217,12 @@ def hear(
                 notes.append(without_own_model(why.reason))
         save_file(_contiguous(target.tensors), place / "tuned.safetensors")
         if base is not None:
-            save_file(_by_role(target.projector, base), place / "base.safetensors")
+            save_file(by_role(target.projector, base), place / "base.safetensors")
         large = parameters(target.checkpoint) > SMALL
         size = memory(target.checkpoint, device)
         answer = sandbox.run(
             {
+                **request,
                 "folder": str(staged),
                 "base_folder": None if base_folder is None else str(base_folder),
                 "tuned": str(place / "tuned.safetensors"),
@@ -192,7 +233,6 @@ def hear(
                 "images": None if asked.images is None else list(asked.images),
                 "device": str(device),
                 "dtype": "bfloat16" if large else "float32",
-                "seed": seed,
                 "budget": budget_of(target.checkpoint, asked),
                 "notes": notes,
             },
@@ -200,22 +240,23 @@ def hear(
             # Mapped files count, and so does what they are converted into.
             memory=(2 if base_folder is None else 4) * size + LIBRARIES,
             gpu=device.type == "cuda",
-            progress=progress,
+            progress=tell,
         )
     try:
-        heard: Evidence = from_plain(Evidence, answer)
-        if any(payload.strength < 0 for payload in heard.payloads):
-            raise ValueError("a strength is negative")
+        return from_plain(kind, answer)
     except (ValueError, OverflowError) as error:  # an integer that no float can hold
-        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
-    return heard
+        raise _nonsense(error) from None
+
+
+def _nonsense(what: object) -> CouldNotProbe:
+    return CouldNotProbe(f"the process that ran it answered nonsense: {what}")
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
+def by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
     """The base's tensors under the target's names of the same roles.
 
     A bias that the base lacks is zero there; what only the base has cannot be put in.

@@ -1,9 +1,9 @@
 """In the confined process: the change of a projector that ends a hidden text and costs least else.
 
-The model is probed as for an audit. The images that bring a text out, with their marks and without,
-say what has to end; the tuned model's answers about ordinary images say what has to stay. Every kind
-of change is tried at the mildest strength that silences the text, found by bisection; the one that
-keeps most ordinary answers is chosen, and probed afresh.
+The model is probed as for an audit. The images that bring a text out, with their marks and
+without, say what has to end; the tuned model's answers about ordinary images say what has to stay.
+Every kind of change is tried at the mildest strength that silences the text, found by bisection;
+the one that keeps most ordinary answers is chosen, and probed afresh.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from projaudit.behaviour.change import (
 )
 from projaudit.behaviour.listen import LENGTH, Listening, Tell, listen
 from projaudit.behaviour.loading import load
-from projaudit.behaviour.plan import Probe, Study, Voice
+from projaudit.behaviour.plan import Probe, Study
 from projaudit.behaviour.probe import study_of
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Heard, Tokens, candidates, gather, whole
-from projaudit.evidence import Tried
+from projaudit.evidence import Method, Tried
 
 WORTH = 1.0
 """Strength from which a text is ended: that of the rules."""
@@ -126,7 +126,7 @@ class Task:
 class Kind:
     """One kind of change, from mild to strong."""
 
-    method: str
+    method: Method
     amounts: Sequence[float]
     make: Callable[[float], tuple[Side, Correction | None]]
 
@@ -211,7 +211,7 @@ def choose(task: Task) -> tuple[list[Tried], tuple[Side, Correction | None]]:
 
 
 def mildest(kind: Kind, task: Task) -> tuple[float, float]:
-    """The first amount by bisection that is silent, and the share that still tells; else the last."""
+    """The mildest silent amount, by bisection, and the share that still tells; else the last."""
     low, high = 0, len(kind.amounts) - 1
     share = task.told(kind.make(kind.amounts[high])[0])
     while low < high and share <= SILENT:

@@ -92,7 +92,7 @@ class _Exchange:
 def render(report: Report) -> str:
     """The HTML document, ending in a newline."""
     kinds = {null.kind for measurement in report.measurements for null in measurement.nulls}
-    page = _environment().get_template("report.html.j2")
+    page = environment().get_template("report.html.j2")
     return (
         page.render(
             report=report,
@@ -180,7 +180,7 @@ def _reference(identity: Identity) -> str:
     return f"{identity.name}@{identity.commit}" if identity.commit else identity.name
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -1,0 +1,269 @@
+"""A repair: audit, choose what to take out, write what is left, audit that with fresh probes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from projaudit import __version__
+from projaudit.adapters import fit
+from projaudit.against_base import counterpart
+from projaudit.audit import check
+from projaudit.behaviour.hear import Asked, Part, by_role, mend
+from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.errors import BaseError, UnsupportedError
+from projaudit.evidence import Mended
+from projaudit.listening import wish
+from projaudit.opened import found_in, open_bases, open_target
+from projaudit.peft_config import read_adapter
+from projaudit.repair.files import (
+    MODEL,
+    PROJECTOR,
+    digest,
+    require_new,
+    require_repairable,
+    write_model,
+    write_projector,
+)
+from projaudit.repair.method import applied, chosen, parse_method
+from projaudit.repair.outcome import WORTH, Method, Repair, Written
+from projaudit.report import Report
+from projaudit.session import Progress, Session, find_device, settle
+from projaudit.sides import Side, sides_of
+from projaudit.source import parse_ref
+
+if TYPE_CHECKING:
+    import torch
+
+AFRESH = 1_000_003
+"""From the seed of the audit before to that of the one after."""
+_BY_HAND = "--method top-k:2, shrink:0.5, clip or revert does what you name"
+
+
+def repair(
+    target: str,
+    base: str | None,
+    output: Path,
+    *,
+    method: str = "auto",
+    full: bool = False,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    prompts: Path | None = None,
+    images: Path | None = None,
+    budget: int | None = None,
+    calibration: Path | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Repair:
+    """The repaired projector of `target`, written into the folder `output`, and what came of it.
+
+    `method` is `auto`, which runs the model and chooses, or what to do: `top-k:K`, `top-k-all:K`,
+    `shrink:SHARE`, `clip`, `revert`. `full` writes the whole model too. The other options are those
+    of `check`. Raises UsageError where the output is in use or lies in the target,
+    UnsupportedError (`unsupported.repair`) where the target is nothing that is written, and what
+    `check` raises.
+    """
+    named = parse_method(method)
+    ref = parse_ref(target, revision)
+    require_new(output, ref.path)
+    wanted = wish("auto", prompts, images, budget, calibration)
+    settings = settle({}, device=device, rank=None, seed=seed, verify=None, offline=offline)
+    options: dict[str, Any] = {
+        "depth": "behaviour" if named is None else "auto",
+        "prompts": prompts,
+        "images": images,
+        "budget": budget,
+        "calibration": calibration,
+        "device": device,
+        "offline": offline,
+        "progress": progress,
+        "notify": notify,
+    }
+    with Session(settings, progress, notify) as session:
+        ours, theirs = _sides(session, target, base, revision, base_revision)
+        require_repairable(ours, full)
+        before = check(
+            target,
+            base,
+            revision=revision,
+            base_revision=base_revision,
+            seed=settings.seed,
+            **options,
+        )
+        mended: Mended | None = None
+        if named is None:
+            why = _no_choice(before)
+            if why or Repair(before, None, None, None, (), "").strengths[0] < WORTH:  # type: ignore[operator]
+                return Repair(before, None, None, None, (), why)
+            try:
+                mended = _mended(session, before, ours, theirs, wanted.asked)
+            except CouldNotProbe as reason:
+                return Repair(before, None, None, None, (), f"{reason.reason}; {_BY_HAND}")
+            if not mended.tried:
+                why = f"no probe that brings the text out can be asked again; {_BY_HAND}"
+                return Repair(before, None, mended, None, (), why)
+        done = named or chosen(mended)  # type: ignore[arg-type]
+        part, other = _part(ours), _part(theirs)
+        try:
+            tensors = applied(
+                done,
+                None if mended is None else mended.factors,
+                ours.projector,
+                part.tensors,
+                by_role(ours.projector, other),
+            )
+        except CouldNotProbe as reason:
+            return Repair(before, None, mended, None, (), f"{reason.reason}; {_BY_HAND}")
+        write_projector(output / PROJECTOR, tensors, _provenance(before, done, mended))
+        fresh = (settings.seed + AFRESH) % (1 << 63)
+        after = _after(before, ours, tensors, output, full, fresh, options)
+    result = Repair(before, done, mended, after, (), _untold(before, after))
+    if result.outcome == "failed":
+        (output / PROJECTOR).unlink()
+        shutil.rmtree(output / MODEL, ignore_errors=True)
+        return result
+    kept = sorted(path for path in output.rglob("*") if path.is_file())
+    written = tuple(Written(path.relative_to(output).as_posix(), digest(path)) for path in kept)
+    return replace(result, written=written)
+
+
+def _sides(
+    session: Session,
+    target: str,
+    base: str | None,
+    revision: str | None,
+    base_revision: str | None,
+) -> tuple[Side, Side]:
+    """The projector that transformers loads, and the base's of the same kind."""
+    ref = parse_ref(target, revision)
+    bases = () if base is None else (parse_ref(base, base_revision),)
+    source = session.source(ref)
+    adapter = read_adapter(source)
+    checkpoint = open_target(session, source, adapter, bases, {})
+    found = found_in(checkpoint)
+    fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
+    opened, _ = open_bases(session, checkpoint, bases, {}, required=True)
+    if len(opened) > 1:
+        raise BaseError(
+            f"names {len(opened)} bases, and a repair needs one",
+            "several",
+            file=source.name,
+            remedy="name one with --base",
+        )
+    _, sides = sides_of(session, checkpoint, found, fitted, opened)
+    if len(found[0][1]) > 1:
+        raise UnsupportedError(
+            f"has {len(found[0][1])} projectors, of which one can be repaired at a time",
+            "repair",
+            file=source.name,
+        )
+    return sides[0], counterpart(sides[0].projector, opened[0])
+
+
+def _part(side: Side) -> Part:
+    tensors = {name: weight.tensor for name, weight in side.load().items()}
+    return Part(side.checkpoint, side.projector, tensors)
+
+
+def _no_choice(before: Report) -> str:
+    """Why nothing can be chosen by what the model says; empty where it can."""
+    heard = before.behaviour
+    if heard is None:
+        reason = before.not_probed or "the model was not run"
+        return f"nothing can be chosen, as behaviour was not probed ({reason}); {_BY_HAND}"
+    if not heard.with_base:
+        return "a text is known as hidden only beside a base; name it with --base"
+    if heard.stopped == "budget" and not any(p.strength >= WORTH for p in heard.payloads):
+        return "the budget was spent before the plan was through; give more with --budget"
+    return ""
+
+
+def _mended(session: Session, before: Report, ours: Side, theirs: Side, asked: Asked) -> Mended:
+    def tell(what: str, done: int, total: int) -> None:
+        if session.progress:
+            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
+
+    other = any(
+        part.status in ("differs", "not-looked-at")
+        for part in before.coverage.parts
+        if part.name in ("vision tower", "language model", "other tensors")
+    )
+    return mend(
+        _part(ours),
+        _part(theirs),
+        asked,
+        other_model=other,
+        device=find_device(session.settings.device),
+        seed=session.settings.seed,
+        progress=tell,
+    )
+
+
+def _after(
+    before: Report,
+    ours: Side,
+    tensors: Mapping[str, torch.Tensor],
+    output: Path,
+    full: bool,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Report:
+    """The audit of what was written; of the whole model where it can be run."""
+    assert before.base is not None
+    place, depth = output / MODEL, "behaviour" if before.behaviour is not None else "weights"
+    kept = full
+    try:
+        if full or depth == "behaviour":
+            write_model(ours, tensors, place, linked=not full)
+        else:
+            place = output / PROJECTOR
+        report = check(
+            str(place),
+            before.base.name if before.base.kind == "hub" else before.base.ref,
+            base_revision=before.base.commit,
+            seed=seed,
+            **{**options, "depth": depth},
+        )
+    except CouldNotProbe as why:  # a whole folder was asked for
+        kept = False
+        raise UnsupportedError(why.reason, "repair", file=before.target.name) from None
+    finally:
+        if not kept:
+            shutil.rmtree(output / MODEL, ignore_errors=True)
+    return report
+
+
+def _untold(before: Report, after: Report) -> str:
+    """Why a result that was written is unverified; empty where the audits tell."""
+    if before.behaviour is None:
+        return f"behaviour was not probed ({before.not_probed or 'it was not asked for'})"
+    if after.behaviour is None:
+        return f"the result could not be run ({after.not_probed})"
+    return "no hidden text was heard before, so none could be ended"
+
+
+def _provenance(before: Report, method: Method, mended: Mended | None) -> dict[str, str]:
+    """What the file says of itself: texts that are safe to show, and digests."""
+
+    def who(side: Literal["target", "base"]) -> dict[str, str]:
+        identity = getattr(before, side)
+        return {side: identity.name, f"{side}_commit": identity.commit or ""}
+
+    read = {f"{t.side} {t.name}": t.sha256 for t in before.tensors}
+    return {
+        **who("target"),
+        **who("base"),
+        **{f"sha256 of {name}": sha256 for name, sha256 in sorted(read.items())},
+        "repaired_by": f"projaudit {__version__}",
+        "method": f"{method.name}:{method.amount:g}",
+        "removed": method.words,
+        "seed": str(before.settings["seed"]),
+        "chosen_by": "what the model said" if mended is not None else "the user",
+    }
