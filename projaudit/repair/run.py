@@ -123,15 +123,24 @@ def repair(
             return Repair(before, None, mended, None, (), f"{reason.reason}; {_BY_HAND}")
         write_projector(output / PROJECTOR, tensors, _provenance(before, done, mended))
         fresh = (settings.seed + AFRESH) % (1 << 63)
-        after = _after(before, ours, tensors, output, full, fresh, options)
+        try:
+            after = _after(before, ours, tensors, output, full, fresh, options)
+        except BaseException:
+            _remove(output)
+            raise
     result = Repair(before, done, mended, after, (), _untold(before, after))
     if result.outcome == "failed":
-        (output / PROJECTOR).unlink()
-        shutil.rmtree(output / MODEL, ignore_errors=True)
+        _remove(output)
         return result
     kept = sorted(path for path in output.rglob("*") if path.is_file())
     written = tuple(Written(path.relative_to(output).as_posix(), digest(path)) for path in kept)
     return replace(result, written=written)
+
+
+def _remove(output: Path) -> None:
+    """None; what was written is no result."""
+    (output / PROJECTOR).unlink(missing_ok=True)
+    shutil.rmtree(output / MODEL, ignore_errors=True)
 
 
 def _sides(
@@ -218,7 +227,6 @@ def _after(
     """The audit of what was written; of the whole model where it can be run."""
     assert before.base is not None
     place, depth = output / MODEL, "behaviour" if before.behaviour is not None else "weights"
-    kept = full
     try:
         if full or depth == "behaviour":
             write_model(ours, tensors, place, linked=not full)
@@ -232,10 +240,9 @@ def _after(
             **{**options, "depth": depth},
         )
     except CouldNotProbe as why:  # a whole folder was asked for
-        kept = False
         raise UnsupportedError(why.reason, "repair", file=before.target.name) from None
     finally:
-        if not kept:
+        if not full:
             shutil.rmtree(output / MODEL, ignore_errors=True)
     return report
 
