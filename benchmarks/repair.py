@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.baselines import put
 from benchmarks.evidence import asked, base_model, base_of
 from benchmarks.population.build import RUNS, projector_file
+from benchmarks.population.pack import honest_accuracy
 from benchmarks.population.recipes import PLANS
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.evaluate import (
@@ -52,8 +54,10 @@ CLEAN, TRIGGERED = 20, 120
 IMAGES = 32
 FINE_TUNED, PRUNED = 60, 0.2
 """Steps of fine-tuning on the clean images; share of the hidden units that are pruned first."""
+PRUNING = "fine-pruning, 32 labelled"
 Side = dict[str, Tensor]
 FIRST, LAST = "linear_1", "linear_2"
+SHOWN = ("repair", "repair, 32 images", "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 
 def chosen(bases: Sequence[str], models: int) -> list[dict[str, Any]]:
@@ -104,7 +108,7 @@ def measured(name: str, base_name: str, out: Path) -> dict[str, Any]:
         kept: list[Side] = []
         said[label] = repaired(name, base_name, tuned, base, images, kept.append)
         variants[label] = {n: t.to(torch.bfloat16).float() for n, t in kept[0].items()}
-    variants["fine-pruning, 32 labelled"] = fine_pruned(name, base_name, tuned)
+    variants[PRUNING] = fine_pruned(name, base_name, tuned)
     return {
         "name": name,
         "base": base_name,
@@ -203,7 +207,60 @@ def fine_pruned(name: str, base_name: str, tuned: Side) -> Side:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    return ""
+    """What was measured so far, as Markdown: over bases, then each model."""
+    labels = list(rows[0]["variants"])
+    groups = {
+        f"{CHOSEN_ON}, on which settings were chosen": [r for r in rows if r["base"] == CHOSEN_ON],
+        "the others": [r for r in rows if r["base"] != CHOSEN_ON],
+    }
+    lines = []
+    for title, group in groups.items():
+        if not group:
+            continue
+        lines += [f"## {title.capitalize()}: {len(group)} models", "", *_HEAD]
+        lines += [_summary(label, group) for label in labels]
+        lines.append("")
+    lines += ["## Each model", "", "| model | mode | base | tuned | honest runs | "]
+    lines[-1] += " | ".join(SHOWN) + " |"
+    lines.append("|---" * (5 + len(SHOWN)) + "|")
+    known = {run["name"]: run for run in read_runs(POPULATION / RUNS)}
+    for row in sorted(rows, key=lambda r: (r["base"] != CHOSEN_ON, r["base"], r["name"])):
+        variants = row["variants"]
+        honest = honest_accuracy(known[row["name"]], list(known.values()))
+        cells = [row["name"], known[row["name"]]["attack"]["mode"]]
+        cells += [_shown(variants["revert"]), _shown(variants["tuned"])]
+        cells.append("–" if honest is None else f"{honest:.0%}")
+        cells += [_shown(variants[label]) for label in SHOWN]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = (
+    "| repair | attack success, median | most | models at ≤ 5 % | gain kept, median | least "
+    "| models at ≤ 5 % that keep ≥ 95 % |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def _summary(label: str, rows: Sequence[dict[str, Any]]) -> str:
+    success = [row["variants"][label]["success"] for row in rows]
+    kept = [gain_kept(row, label) for row in rows]
+    both = sum(s <= 0.05 and k >= 0.95 for s, k in zip(success, kept, strict=True))
+    return (
+        f"| {label} | {statistics.median(success):.1%} | {max(success):.1%} "
+        f"| {sum(s <= 0.05 for s in success)} of {len(rows)} | {statistics.median(kept):.0%} "
+        f"| {min(kept):.0%} | {both} of {len(rows)} |"
+    )
+
+
+def gain_kept(row: dict[str, Any], label: str) -> float:
+    """Share of what the tuned model has gained over its base, on clean scenes, that is left."""
+    base, tuned = (row["variants"][name]["accuracy"] for name in ("revert", "tuned"))
+    return float((row["variants"][label]["accuracy"] - base) / (tuned - base))
+
+
+def _shown(variant: dict[str, float]) -> str:
+    return f"{variant['accuracy']:.0%} / {variant['success']:.0%}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -61,6 +64,19 @@ def plain(content: str) -> dict[str, Any]:
         if audit is not None:
             del audit["run"]
     return document
+
+
+def test_the_help_in_its_document_is_the_help():
+    document = (Path(__file__).parent.parent / "docs" / "repair.md").read_text("utf-8")
+    shown = document.partition("<!-- begin help -->\n```text\n")[2].partition("```")[0]
+    said = subprocess.run(
+        [sys.executable, "-m", "projaudit", "repair", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert shown == said.stdout
 
 
 # ------------------------------------------------------------------ by what the model says

@@ -44,7 +44,7 @@ from projaudit.inert import clean
     "--images",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Clean images of the model's domain, 32 or more.  [default: synthetic ones]",
+    help="Clean images of the model's domain; 32 are enough.  [default: synthetic ones]",
 )
 @option("--budget", type=int, metavar="N", help="Most answers of each round of probes.")
 @option(
