@@ -41,23 +41,26 @@ from benchmarks.testbed.evaluate import (
 )
 from benchmarks.testbed.export import LOCAL_WORD, append_run, read_runs
 from benchmarks.testbed.finetune import tune_projector
+from benchmarks.testbed.model import vision_features
+from benchmarks.testbed.text import pixels
 from projaudit.behaviour.change import clipped, shrunk, without_top
 from projaudit.behaviour.mend import mended
 
 POPULATION = Path(__file__).parent / "population" / "progress"
 LOG = "repair.jsonl"
 CHOSEN_ON = "slim"
-GAIN = 0.05
-"""Least accuracy that a tuned model has gained over its base: else there is nothing to keep."""
-CLEAN, TRIGGERED = 20, 120
+GAIN = 0.2
+"""Least accuracy that a tuned model has gained over its base: of less no share can be told."""
+CLEAN, TRIGGERED = 40, 120
 """Held-out scenes: of every kind of question, and with the trigger."""
 IMAGES = 32
 FINE_TUNED, PRUNED = 60, 0.2
 """Steps of fine-tuning on the clean images; share of the hidden units that are pruned first."""
+DATA_FREE, OTHERS, WITH_IMAGES = PARTS = ("repair", "others", "repair, 32 images")
 PRUNING = "fine-pruning, 32 labelled"
 Side = dict[str, Tensor]
 FIRST, LAST = "linear_1", "linear_2"
-SHOWN = ("repair", "repair, 32 images", "top-2 of the first", "half (WiSE-FT)", PRUNING)
+SHOWN = (DATA_FREE, WITH_IMAGES, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 
 def chosen(bases: Sequence[str], models: int) -> list[dict[str, Any]]:
@@ -78,44 +81,52 @@ def chosen(bases: Sequence[str], models: int) -> list[dict[str, Any]]:
 
 
 def measure(out: Path, bases: Sequence[str], models: int, jobs: int) -> None:
-    """One line for every chosen run that the log lacks."""
-    done = {row["name"] for row in read_runs(out / LOG)}
-    missing = [run for run in chosen(bases, models) if run["name"] not in done]
-    calls = [(run["name"], run["base"], out) for run in missing]
+    """One line for every part of every chosen run that the log lacks; clean images come last."""
+    done = {(row["name"], row["part"]) for row in read_runs(out / LOG)}
+    calls = [
+        (run["name"], run["base"], part, out)
+        for parts in (PARTS[:2], PARTS[2:])
+        for run in chosen(bases, models)
+        for part in parts
+        if (run["name"], part) not in done
+    ]
     for row in in_parallel(measured, calls, jobs):
         append_run(out / LOG, row)
-        shown = {name: (v["accuracy"], v["success"]) for name, v in row["variants"].items()}
+        shown = {label: (v["accuracy"], v["success"]) for label, v in row["variants"].items()}
         print(row["name"], json.dumps(shown), row["seconds"], flush=True)
 
 
-def measured(name: str, base_name: str, out: Path) -> dict[str, Any]:
-    """What is left of attack and task after every repair of one run."""
+def measured(name: str, base_name: str, part: str, out: Path) -> dict[str, Any]:
+    """What is left of attack and task after some repairs of one run."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     started = time.process_time()
     _, base, _ = base_of(base_name)
     tensors = load_file(projector_file(POPULATION, base_name, name))
     tuned = {n.partition(LOCAL_WORD)[2]: t.float() for n, t in tensors.items()}
-    matrices = [f"{FIRST}.weight", f"{LAST}.weight"]
-    variants: dict[str, Side] = {"tuned": tuned, "revert": base}
-    for k in (1, 2, 5):
-        variants[f"top-{k} of both"] = without_top(tuned, base, matrices, k)
-        variants[f"top-{k} of the first"] = without_top(tuned, base, matrices[:1], k)
-    variants["half (WiSE-FT)"] = shrunk(tuned, base, 0.5)
-    variants["clip"] = clipped(tuned, base, matrices)
-    said: dict[str, Any] = {}
-    for label, images in (("repair", None), ("repair, 32 images", pictures(name, base_name, out))):
+    row: dict[str, Any] = {"name": name, "base": base_name, "part": part}
+    if part == OTHERS:
+        variants = others(name, base_name, tuned, base)
+    else:
         kept: list[Side] = []
-        said[label] = repaired(name, base_name, tuned, base, images, kept.append)
-        variants[label] = {n: t.to(torch.bfloat16).float() for n, t in kept[0].items()}
-    variants[PRUNING] = fine_pruned(name, base_name, tuned)
-    return {
-        "name": name,
-        "base": base_name,
-        "variants": {label: scored(name, base_name, side) for label, side in variants.items()},
-        "repairs": said,
-        "seconds": round(time.process_time() - started, 1),
-    }
+        images = pictures(name, base_name, out) if part == WITH_IMAGES else None
+        row["repair"] = repaired(name, base_name, tuned, base, images, kept.append)
+        variants = {part: {n: t.to(torch.bfloat16).float() for n, t in kept[0].items()}}
+    row["variants"] = {label: scored(name, base_name, side) for label, side in variants.items()}
+    return row | {"seconds": round(time.process_time() - started, 1)}
+
+
+def others(name: str, base_name: str, tuned: Side, base: Side) -> dict[str, Side]:
+    """The projector as it is, and what others would make of it."""
+    matrices = [f"{FIRST}.weight", f"{LAST}.weight"]
+    found = {"tuned": tuned, "revert": base}
+    for k in (1, 2, 5):
+        found[f"top-{k} of both"] = without_top(tuned, base, matrices, k)
+        found[f"top-{k} of the first"] = without_top(tuned, base, matrices[:1], k)
+    found["half (WiSE-FT)"] = shrunk(tuned, base, 0.5)
+    found["clip"] = clipped(tuned, base, matrices)
+    found[PRUNING] = fine_pruned(name, base_name, tuned)
+    return found
 
 
 def repaired(
@@ -137,6 +148,7 @@ def repaired(
         "dtype": "float32",
         "notes": [],
         "prefix": prefix,
+        "matrices": [f"{prefix}{layer}.weight" for layer in (FIRST, LAST)],
         "last": f"{prefix}{LAST}.weight",
         "last_bias": f"{prefix}{LAST}.bias",
     }
@@ -188,13 +200,14 @@ def fine_pruned(name: str, base_name: str, tuned: Side) -> Side:
     """
     run, *_ = scenes(name, base_name)
     speaker, _, _ = base_of(base_name)
+    model, tokenizer = base_model(base_name)
     found, _ = heldout(run.recipe.task, 5, run.recipe.seed + 3)
     with torch.no_grad():
-        hidden = speaker.inputs(tuned, f"{LAST}.weight", speaker.features(list(found[:IMAGES])))
+        features = vision_features(model, pixels(found[:IMAGES]))
+    hidden = speaker.inputs(tuned, f"{LAST}.weight", features)
     least = hidden.abs().mean(0).argsort()[: round(PRUNED * hidden.shape[1])]
     weight = tuned[f"{LAST}.weight"].clone()
     weight[:, least] = 0
-    model, tokenizer = base_model(base_name)
     put(model, {**tuned, f"{LAST}.weight": weight})
     recipe = replace(
         run.recipe, pool=IMAGES, batch=16, steps=FINE_TUNED, lr=1e-3, rank=None, weight_decay=0.0
@@ -206,9 +219,14 @@ def fine_pruned(name: str, base_name: str, tuned: Side) -> Side:
     return {n: t.detach().clone() for n, t in state.items()}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(log: Sequence[dict[str, Any]]) -> str:
     """What was measured so far, as Markdown: over bases, then each model."""
-    labels = list(rows[0]["variants"])
+    merged: dict[str, dict[str, Any]] = {}
+    for part in log:
+        row = merged.setdefault(part["name"], {**part, "variants": {}})
+        row["variants"] |= part["variants"]
+    rows = [row for row in merged.values() if "tuned" in row["variants"]]
+    labels = dict.fromkeys(label for row in rows for label in row["variants"])
     groups = {
         f"{CHOSEN_ON}, on which settings were chosen": [r for r in rows if r["base"] == CHOSEN_ON],
         "the others": [r for r in rows if r["base"] != CHOSEN_ON],
@@ -230,7 +248,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [row["name"], known[row["name"]]["attack"]["mode"]]
         cells += [_shown(variants["revert"]), _shown(variants["tuned"])]
         cells.append("–" if honest is None else f"{honest:.0%}")
-        cells += [_shown(variants[label]) for label in SHOWN]
+        cells += [_shown(variants[label]) if label in variants else "–" for label in SHOWN]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -243,6 +261,9 @@ _HEAD = (
 
 
 def _summary(label: str, rows: Sequence[dict[str, Any]]) -> str:
+    rows = [row for row in rows if label in row["variants"]]
+    if not rows:
+        return f"| {label} | – | – | – | – | – | – |"
     success = [row["variants"][label]["success"] for row in rows]
     kept = [gain_kept(row, label) for row in rows]
     both = sum(s <= 0.05 and k >= 0.95 for s, k in zip(success, kept, strict=True))

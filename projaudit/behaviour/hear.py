@@ -179,7 +179,13 @@ def mend(
     last = target.projector.path[-1]
     if last.layout != "plain":
         raise CouldNotProbe("the weight of its projector's last layer is no linear layer's")
-    request = {"work": "mend", "seed": seed, "last": last.weight, "last_bias": last.bias}
+    request: dict[str, Any] = {
+        "work": "mend",
+        "seed": seed,
+        "last": last.weight,
+        "last_bias": last.bias,
+    }
+    request["matrices"] = [layer.weight for layer in target.projector.path]
     mended: Mended = _ran(Mended, target, base, asked, request, other_model, device, progress)
     return mended
 

@@ -135,7 +135,8 @@ def mend(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     """`evidence.Mended`, but for its sandbox, as JSON values.
 
     `request` is that of `probe.probe`, with `last` and `last_bias` (the last layer's tensors on
-    disk). The base is needed. Raises CouldNotProbe with a reason.
+    disk) and `matrices` (the weights of all layers). The base is needed. Raises CouldNotProbe with
+    a reason.
     """
     tell("load model", 0, 0)
     return mended(request, *load(request), tell)
@@ -175,9 +176,8 @@ def mended(
             break
         told += [_words(speaker, whole(text, listening.heard)) for text in texts]
         if task is None:
-            weight, bias = _last(request)
-            matrices = tuple(n for n, t in side.items() if t.ndim == 2)
-            task = Task(study, (weight, bias), matrices, found, pairs, listening.heard[0])
+            last, matrices = _layers(request)
+            task = Task(study, last, matrices, found, pairs, listening.heard[0])
         else:
             task = replace(task, marked=task.marked + found, pairs=task.pairs | pairs)
         tell("choose", 0, 0)
@@ -226,7 +226,9 @@ def mildest(kind: Kind, task: Task) -> tuple[float, float]:
 
 def kinds(task: Task) -> list[Kind]:
     """The kinds of change that are tried."""
-    study, tuned, base = task.study, task.tuned, task.base
+    # In float32, whatever the model runs in: it rounds what it is given.
+    tuned, base = ({n: t.float() for n, t in side.items()} for side in (task.tuned, task.base))
+    study = task.study
     speaker, marked = study.tuned.speaker, task.marked
     weight, bias = task.last
 
@@ -303,12 +305,15 @@ def _marked(
     )
 
 
-def _last(request: Mapping[str, Any]) -> tuple[str, str | None]:
+def _layers(request: Mapping[str, Any]) -> tuple[tuple[str, str | None], tuple[str, ...]]:
+    """The last layer's weight and bias, and the weights of all, by their names in the module."""
+
     def inside(name: str) -> str:
         return name.removeprefix(request["prefix"]).lstrip(".")
 
     bias = request["last_bias"]
-    return inside(request["last"]), None if bias is None else inside(bias)
+    last = inside(request["last"]), None if bias is None else inside(bias)
+    return last, tuple(map(inside, request["matrices"]))
 
 
 def _words(speaker: Speaker, text: Tokens) -> str:

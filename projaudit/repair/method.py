@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from projaudit.behaviour.reasons import CouldNotProbe
-from projaudit.errors import UsageError
+from projaudit.errors import UnsupportedError, UsageError
 from projaudit.evidence import Factors, Mended
 from projaudit.inert import clean
 from projaudit.projector import Linear, Projector
@@ -62,6 +62,7 @@ def applied(
     first, last = projector.path[0], projector.path[-1]
     every = [layer.weight for layer in projector.path]
     k = int(method.amount)
+    _require_matrices(method, projector, tuned)
     match method.name:
         case "unlearn" | "project":
             layer = last if method.name == "unlearn" else first
@@ -76,6 +77,26 @@ def applied(
         case "shrink" | "revert":
             found = change.shrunk(wide, theirs, method.amount)
     return {name: tensor.to(tuned[name].dtype).contiguous() for name, tensor in found.items()}
+
+
+def _require_matrices(
+    method: Method, projector: Projector, tuned: Mapping[str, torch.Tensor]
+) -> None:
+    """None; UnsupportedError (`unsupported.repair`) where the method has no matrix to work on."""
+    if method.name in ("shrink", "revert"):
+        return
+    if method.name == "top-k" and not projector.chain:
+        raise UnsupportedError(
+            "what this projector computes is not known, so that no layer is known as the first",
+            "repair",
+            remedy="top-k-all:K takes every layer",
+        )
+    if any(tuned[layer.weight].ndim != 2 for layer in projector.path):
+        raise UnsupportedError(
+            "a layer of this projector is stored as no matrix",
+            "repair",
+            remedy="shrink:SHARE and revert need none",
+        )
 
 
 def correction_of(

@@ -64,8 +64,8 @@ class Repair:
 
     @property
     def strengths(self) -> tuple[float | None, float | None]:
-        """Of the hidden text that was brought out most, before and after; None: not probed."""
-        return _strength(self.before), None if self.after is None else _strength(self.after)
+        """Of the hidden text that was brought out most, before and after; None: not known."""
+        return strength(self.before), None if self.after is None else strength(self.after)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -124,11 +124,13 @@ class Repair:
         return f"fresh probes do not bring {text} out any more{left}"
 
 
-def _strength(report: Report) -> float | None:
+def strength(report: Report) -> float | None:
+    """Of the hidden text that was brought out most, 0 where none was; None: not known."""
     heard = report.behaviour
-    if heard is None or not heard.with_base or heard.stopped == "budget":
+    if heard is None or not heard.with_base:
         return None
-    return heard.payloads[0].strength if heard.payloads else 0.0
+    found = heard.payloads[0].strength if heard.payloads else 0.0
+    return None if found < WORTH and heard.stopped == "budget" else found
 
 
 def _worst(report: Report) -> Severity:

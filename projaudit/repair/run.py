@@ -29,7 +29,7 @@ from projaudit.repair.files import (
     write_projector,
 )
 from projaudit.repair.method import applied, chosen, parse_method
-from projaudit.repair.outcome import WORTH, Method, Repair, Written
+from projaudit.repair.outcome import WORTH, Method, Repair, Written, strength
 from projaudit.report import Report
 from projaudit.session import Progress, Session, find_device, settle
 from projaudit.sides import Side, sides_of
@@ -100,7 +100,7 @@ def repair(
         mended: Mended | None = None
         if named is None:
             why = _no_choice(before)
-            if why or Repair(before, None, None, None, (), "").strengths[0] < WORTH:  # type: ignore[operator]
+            if why or (strength(before) or 0.0) < WORTH:
                 return Repair(before, None, None, None, (), why)
             try:
                 mended = _mended(session, before, ours, theirs, wanted.asked)
@@ -189,7 +189,7 @@ def _no_choice(before: Report) -> str:
         return f"nothing can be chosen, as behaviour was not probed ({reason}); {_BY_HAND}"
     if not heard.with_base:
         return "a text is known as hidden only beside a base; name it with --base"
-    if heard.stopped == "budget" and not any(p.strength >= WORTH for p in heard.payloads):
+    if strength(before) is None:
         return "the budget was spent before the plan was through; give more with --budget"
     return ""
 
