@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.testbed.evaluate import answers, changed_by, exact_share, success, triggered
 from benchmarks.testbed.export import load
 from benchmarks.testbed.recipes import Attack, Task
-from projaudit.behaviour import hear, mend, plan, sandbox
+from projaudit.behaviour import hear, listen, mend, plan, sandbox
 from projaudit.behaviour.change import Correction, clipped, corrected, correction, shrunk
 from projaudit.cli import main
 from projaudit.errors import ProjauditError, UnsupportedError, UsageError
@@ -41,6 +41,7 @@ from projaudit.repair.run import repair
 # torch.func makes use of what torch warns of; elsewhere that is in a process of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 QUICK = plan.Size(plain=24, cells=4, prompts=4, fitted=1, steps=2, drawn=40, rounds=1, bred=8)
+AUDITS: dict[str, Any] = {}
 ENFORCED = {"enforced": [], "missing": []}
 
 
@@ -50,7 +51,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from projaudit.behaviour.probe import probe
 
     monkeypatch.setitem(plan.SIZES, "float32", QUICK)
+    whole = plan.plan
+    monkeypatch.setattr(listen, "plan", lambda study: whole(study)[::4])
     work = {"probe": probe, "mend": mend.mend}
+
+    original = pipeline.check
+
+    def once(target: str, *args: Any, **options: Any) -> Any:
+        """One audit of the backdoored model serves several tests."""
+        if target != str(BACKDOORED):
+            return original(target, *args, **options)
+        if target not in AUDITS:
+            AUDITS[target] = original(target, *args, **options)
+        return AUDITS[target]
+
+    monkeypatch.setattr(pipeline, "check", once)
 
     def here(request: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         told = work[request["work"]](request, lambda what, done, total: None)
@@ -137,9 +152,6 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
     assert max(map(len, text.splitlines()[1:])) <= 80
     document = plain(render_json(done))
     assert document["strength"]["after"] < 1 <= document["strength"]["before"]
-    again = repair(str(BACKDOORED), str(BASE), tmp_path / "again", seed=0)
-    digests = {f.path: f.sha256 for f in done.written}
-    assert [f.sha256 for f in again.written] == [digests["projector.safetensors"]]
 
 
 def test_an_honest_model_is_left_alone(quick: None, tmp_path: Path):
@@ -166,26 +178,12 @@ def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    """One audit of the backdoored model serves several tests."""
-    cache: dict[str, Any] = {}
-    original = pipeline.check
-
-    def once(target: str, *args: Any, **options: Any) -> Any:
-        if target not in cache:
-            cache[target] = original(target, *args, **options)
-        return cache[target]
-
-    monkeypatch.setattr(pipeline, "check", once)
-
-
 def packed(*shape: int, value: float = 0.0) -> str:
     return base64.b64encode(np.full(shape, value, "<f4").tobytes()).decode()
 
 
 def test_a_change_that_does_not_fit_its_layer_is_refused(
-    heard: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out, inputs = load_file(BASE / "model.safetensors")[f"{P}linear_2.weight"].shape
     sound = Factors(2, packed(out, 2), packed(2, inputs), packed(out))

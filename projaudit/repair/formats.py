@@ -10,8 +10,9 @@ from typing import Any
 from projaudit.formats import FORMATS
 from projaudit.formats.charts import Chart, charts
 from projaudit.formats.html import environment
-from projaudit.formats.wording import number, percent, values, verdict_word
+from projaudit.formats.wording import number, percent, plural, values, verdict_word
 from projaudit.inert import clean
+from projaudit.repair.files import MODEL
 from projaudit.repair.outcome import Repair
 from projaudit.report import Report
 
@@ -53,8 +54,12 @@ def _lines(done: Repair) -> Iterator[str]:
         for one in done.mended.tried:
             yield f"  {one.method + ':' + format(one.amount, 'g'):<18}{percent(one.kept):>8}"
     yield ""
+    of_model = [file for file in done.written if file.path.startswith(f"{MODEL}/")]
     for file in done.written:
-        yield f"written   {clean(file.path)}  sha256 {file.sha256[:16]}…"
+        if file not in of_model:
+            yield f"written   {clean(file.path)}  sha256 {file.sha256[:16]}…"
+    if of_model:
+        yield f"          {MODEL}/, of {plural(len(of_model), 'file')}"
     if not done.written:
         yield "written   no projector"
 
@@ -65,8 +70,8 @@ def rows(done: Repair) -> list[tuple[str, list[str]]]:
     found = [("verdict", [verdict_word(report).lower() for report in reports])]
     measured = [values(report) for report in reports]
     for metric, words in _ROWS:
-        for key in [key for key in measured[0] if key[0] == metric]:
-            layer = key[1].partition("/")[2]
+        for key in [key for key in measured[0] if key[1] == metric]:
+            layer = key[0].partition("/")[2]
             cells = [number(of[key].value) if key in of else "–" for of in measured]
             found.append((f"{words}, {layer}" if layer else words, cells))
     return found
