@@ -99,10 +99,6 @@ def heard(
         tensors = {name: stored.tensor for name, stored in side.load().items()}
         return Part(side.checkpoint, side.projector, tensors)
 
-    def tell(what: str, done: int, total: int) -> None:
-        if session.progress:
-            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
-
     with session.stage("behaviour"):
         require_runnable(target.checkpoint, device)  # before it is said that it will run
         if session.notify:
@@ -111,15 +107,30 @@ def heard(
             part(target),
             None if base is None else part(base),
             wish.asked,
-            other_model=any(
-                p.status in ("differs", "not-looked-at")
-                for p in coverage.parts
-                if p.name in ("vision tower", "language model", "other tensors")
-            ),
+            other_model=models_differ(coverage),
             device=device,
             seed=session.settings.seed,
-            progress=tell,
+            progress=teller(session),
         )
+
+
+def teller(session: Session) -> Callable[[str, int, int], None]:
+    """What is called with (what is being done, how many of them so far, how many in all)."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        if session.progress:
+            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
+
+    return tell
+
+
+def models_differ(coverage: Coverage) -> bool:
+    """Whether more than the projector differs from the base, or may."""
+    return any(
+        part.status in ("differs", "not-looked-at")
+        for part in coverage.parts
+        if part.name in ("vision tower", "language model", "other tensors")
+    )
 
 
 def standing(

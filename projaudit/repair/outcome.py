@@ -124,6 +124,11 @@ class Repair:
         return f"fresh probes do not bring {text} out any more{left}"
 
 
+def heard(report: Report) -> bool:
+    """Whether probes brought a text out that is worth ending."""
+    return (strength(report) or 0.0) >= WORTH
+
+
 def strength(report: Report) -> float | None:
     """Of the hidden text that was brought out most, 0 where none was; None: not known."""
     heard = report.behaviour

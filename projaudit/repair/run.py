@@ -16,7 +16,7 @@ from projaudit.behaviour.hear import Asked, Part, by_role, mend
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Mended
-from projaudit.listening import wish
+from projaudit.listening import models_differ, teller, wish
 from projaudit.opened import found_in, open_bases, open_target
 from projaudit.peft_config import read_adapter
 from projaudit.repair.files import (
@@ -29,7 +29,7 @@ from projaudit.repair.files import (
     write_projector,
 )
 from projaudit.repair.method import applied, chosen, parse_method
-from projaudit.repair.outcome import WORTH, Method, Repair, Written, strength
+from projaudit.repair.outcome import Method, Repair, Written, heard, strength
 from projaudit.report import Report
 from projaudit.session import Progress, Session, find_device, settle
 from projaudit.sides import Side, sides_of
@@ -97,21 +97,12 @@ def repair(
             seed=settings.seed,
             **options,
         )
-        mended: Mended | None = None
-        if named is None:
-            why = _no_choice(before)
-            if why or (strength(before) or 0.0) < WORTH:
-                return Repair(before, None, None, None, (), why)
-            try:
-                mended = _mended(session, before, ours, theirs, wanted.asked)
-            except CouldNotProbe as reason:
-                return Repair(before, None, None, None, (), f"{reason.reason}; {_BY_HAND}")
-            if not mended.tried:
-                why = f"no probe that brings the text out can be asked again; {_BY_HAND}"
-                return Repair(before, None, mended, None, (), why)
-        done = named or chosen(mended)  # type: ignore[arg-type]
+        if named is None and strength(before) is not None and not heard(before):
+            return Repair(before, None, None, None, (), "")
         part, other = _part(ours), _part(theirs)
         try:
+            mended = None if named else _mended(session, before, part, other, wanted.asked)
+            done = named or chosen(mended)  # type: ignore[arg-type]
             tensors = applied(
                 done,
                 None if mended is None else mended.factors,
@@ -120,7 +111,7 @@ def repair(
                 by_role(ours.projector, other),
             )
         except CouldNotProbe as reason:
-            return Repair(before, None, mended, None, (), f"{reason.reason}; {_BY_HAND}")
+            return Repair(before, None, None, None, (), f"{reason.reason}; {_BY_HAND}")
         write_projector(output / PROJECTOR, tensors, _provenance(before, done, mended))
         fresh = (settings.seed + AFRESH) % (1 << 63)
         try:
@@ -181,38 +172,24 @@ def _part(side: Side) -> Part:
     return Part(side.checkpoint, side.projector, tensors)
 
 
-def _no_choice(before: Report) -> str:
-    """Why nothing can be chosen by what the model says; empty where it can."""
-    heard = before.behaviour
-    if heard is None:
-        reason = before.not_probed or "the model was not run"
-        return f"nothing can be chosen, as behaviour was not probed ({reason}); {_BY_HAND}"
-    if not heard.with_base:
-        return "a text is known as hidden only beside a base; name it with --base"
+def _mended(session: Session, before: Report, ours: Part, theirs: Part, asked: Asked) -> Mended:
+    """What the process that runs the model chose; CouldNotProbe where nothing can be chosen."""
+    if before.behaviour is None:
+        raise CouldNotProbe(f"behaviour was not probed ({before.not_probed})")
     if strength(before) is None:
-        return "the budget was spent before the plan was through; give more with --budget"
-    return ""
-
-
-def _mended(session: Session, before: Report, ours: Side, theirs: Side, asked: Asked) -> Mended:
-    def tell(what: str, done: int, total: int) -> None:
-        if session.progress:
-            session.progress(f"{what} {done} of {total}" if total else what, 0, 0)
-
-    other = any(
-        part.status in ("differs", "not-looked-at")
-        for part in before.coverage.parts
-        if part.name in ("vision tower", "language model", "other tensors")
-    )
-    return mend(
-        _part(ours),
-        _part(theirs),
+        raise CouldNotProbe("the budget was spent before the plan was through (--budget)")
+    found = mend(
+        ours,
+        theirs,
         asked,
-        other_model=other,
+        other_model=models_differ(before.coverage),
         device=find_device(session.settings.device),
         seed=session.settings.seed,
-        progress=tell,
+        progress=teller(session),
     )
+    if not found.tried:
+        raise CouldNotProbe("no probe that brings the text out can be asked of another projector")
+    return found
 
 
 def _after(
