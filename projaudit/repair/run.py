@@ -18,7 +18,6 @@ from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Mended
 from projaudit.listening import models_differ, teller, wish
 from projaudit.opened import found_in, open_bases, open_target
-from projaudit.peft_config import read_adapter
 from projaudit.repair.files import (
     MODEL,
     PROJECTOR,
@@ -145,8 +144,7 @@ def _sides(
     ref = parse_ref(target, revision)
     bases = () if base is None else (parse_ref(base, base_revision),)
     source = session.source(ref)
-    adapter = read_adapter(source)
-    checkpoint = open_target(session, source, adapter, bases, {})
+    checkpoint, adapter = open_target(session, source, bases, {})
     found = found_in(checkpoint)
     fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
     opened, _ = open_bases(session, checkpoint, bases, {}, required=True)
