@@ -201,6 +201,7 @@ def _after(
 ) -> Report:
     """The audit of what was written; of the whole model where it can be run."""
     assert before.base is not None
+    of_hub = before.base.kind == "hub"
     place, depth = output / MODEL, "behaviour" if before.behaviour is not None else "weights"
     try:
         if full or depth == "behaviour":
@@ -209,8 +210,8 @@ def _after(
             place = output / PROJECTOR
         report = check(
             str(place),
-            before.base.name if before.base.kind == "hub" else before.base.ref,
-            base_revision=before.base.commit,
+            before.base.name if of_hub else before.base.ref,
+            base_revision=before.base.commit if of_hub else None,
             seed=seed,
             **{**options, "depth": depth},
         )
