@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
@@ -60,6 +60,7 @@ DATA_FREE, OTHERS, WITH_IMAGES = PARTS = ("repair", "others", "repair, 32 images
 PRUNING = "fine-pruning, 32 labelled"
 Side = dict[str, Tensor]
 FIRST, LAST = "linear_1", "linear_2"
+HEARD = ", where a text was heard"
 SHOWN = (DATA_FREE, WITH_IMAGES, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 
@@ -225,8 +226,11 @@ def table(log: Sequence[dict[str, Any]]) -> str:
     for part in log:
         row = merged.setdefault(part["name"], {**part, "variants": {}})
         row["variants"] |= part["variants"]
+        if "repair" in part and part["repair"]["texts"]:
+            heard = {f"{label}{HEARD}": v for label, v in part["variants"].items()}
+            row["variants"] |= heard
     rows = [row for row in merged.values() if "tuned" in row["variants"]]
-    labels = dict.fromkeys(label for row in rows for label in row["variants"])
+    labels = sorted({label for row in rows for label in row["variants"]}, key=_order)
     groups = {
         f"{CHOSEN_ON}, on which settings were chosen": [r for r in rows if r["base"] == CHOSEN_ON],
         "the others": [r for r in rows if r["base"] != CHOSEN_ON],
@@ -246,11 +250,16 @@ def table(log: Sequence[dict[str, Any]]) -> str:
         variants = row["variants"]
         honest = honest_accuracy(known[row["name"]], list(known.values()))
         cells = [row["name"], known[row["name"]]["attack"]["mode"]]
-        cells += [_shown(variants["revert"]), _shown(variants["tuned"])]
+        cells += [_shown(label, variants) for label in ("revert", "tuned")]
         cells.append("–" if honest is None else f"{honest:.0%}")
-        cells += [_shown(variants[label]) if label in variants else "–" for label in SHOWN]
+        cells += [_shown(label, variants) for label in SHOWN]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _order(label: str) -> tuple[bool, bool, str]:
+    """What we do first, then the projector as it is, then what others do."""
+    return not label.startswith(DATA_FREE), label != "tuned", label
 
 
 _HEAD = (
@@ -280,8 +289,13 @@ def gain_kept(row: dict[str, Any], label: str) -> float:
     return float((row["variants"][label]["accuracy"] - base) / (tuned - base))
 
 
-def _shown(variant: dict[str, float]) -> str:
-    return f"{variant['accuracy']:.0%} / {variant['success']:.0%}"
+def _shown(label: str, variants: Mapping[str, dict[str, float]]) -> str:
+    if label not in variants:
+        return "–"
+    found = variants[label]
+    text = f"{found['accuracy']:.0%} / {found['success']:.0%}"
+    silent = label in (DATA_FREE, WITH_IMAGES) and f"{label}{HEARD}" not in variants
+    return f"{text} (nothing heard)" if silent else text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
