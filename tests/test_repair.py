@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(plan.SIZES, "float32", QUICK)
     whole = plan.plan
-    monkeypatch.setattr(listen, "plan", lambda study: whole(study)[::4])
+    monkeypatch.setattr(listen, "plan", lambda study: whole(study)[::2])
     work = {"probe": probe, "mend": mend.mend}
 
     original = pipeline.check
@@ -124,7 +124,7 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
     assert said_before in SECRET
     assert f"“{said_before}”" in done.sentence
     first, last = done.strengths
-    assert first > 1 > last
+    assert first >= 1 > last
     after = scored(tmp_path / "out" / "model")
     assert after[0] <= 0.05
     assert after[1] >= before[1] - 0.05
