@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
+from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory, without_own_model
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
 from projaudit.evidence import Evidence, from_plain
@@ -84,7 +85,7 @@ def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
 def _require_memory(need: int, device: torch.device) -> None:
     free = _free(device)
     if need > free:
-        raise CouldNotProbe(
+        raise TooLittleMemory(
             f"needs about {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
         )
 
@@ -155,6 +156,44 @@ def hear(
     `other_model` says that more than the projector differs: the base's own model then answers for
     the base. Raises CouldNotProbe with a reason, and what reading the sources raises.
     """
+    with staged(target, base, other_model=other_model, device=device, seed=seed) as run:
+        answer = sandbox.run(
+            {
+                **run.request,
+                "prompts": None if asked.prompts is None else list(asked.prompts),
+                "images": None if asked.images is None else list(asked.images),
+                "budget": budget_of(target.checkpoint, asked),
+            },
+            **run.limits,
+            progress=progress,
+        )
+    try:
+        heard: Evidence = from_plain(Evidence, answer)
+        if any(payload.strength < 0 for payload in heard.payloads):
+            raise ValueError("a strength is negative")
+    except (ValueError, OverflowError) as error:  # an integer that no float can hold
+        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
+    return heard
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model that is ready to be run in a process of its own."""
+
+    request: dict[str, Any]
+    """What `loading.load` needs to know."""
+    limits: dict[str, Any]
+    """What `sandbox.run` gives the process: seconds, memory, gpu."""
+
+
+@contextmanager
+def staged(
+    target: Part, base: Part | None, *, other_model: bool, device: torch.device, seed: int
+) -> Iterator[Staged]:
+    """The target's repository and both projectors in a folder, which lasts as long as the block.
+
+    `other_model` asks for the base's own model beside the target's. Raises as `hear`.
+    """
     from safetensors.torch import save_file
 
     if not target.projector.chain:
@@ -164,7 +203,7 @@ def hear(
     require_runnable(target.checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
-        staged = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
+        model = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
         notes, base_folder = [], None
         if base is not None and other_model:
             try:
@@ -178,35 +217,26 @@ def hear(
             save_file(_by_role(target.projector, base), place / "base.safetensors")
         large = parameters(target.checkpoint) > SMALL
         size = memory(target.checkpoint, device)
-        answer = sandbox.run(
+        yield Staged(
             {
-                "folder": str(staged),
+                "folder": str(model),
                 "base_folder": None if base_folder is None else str(base_folder),
                 "tuned": str(place / "tuned.safetensors"),
                 "base": None if base is None else str(place / "base.safetensors"),
                 "prefix": target.projector.prefix,
                 "first": target.projector.path[0].weight,
-                "prompts": None if asked.prompts is None else list(asked.prompts),
-                "images": None if asked.images is None else list(asked.images),
                 "device": str(device),
                 "dtype": "bfloat16" if large else "float32",
                 "seed": seed,
-                "budget": budget_of(target.checkpoint, asked),
                 "notes": notes,
             },
-            seconds=SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
-            # Mapped files count, and so does what they are converted into.
-            memory=(2 if base_folder is None else 4) * size + LIBRARIES,
-            gpu=device.type == "cuda",
-            progress=progress,
+            {
+                "seconds": SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
+                # Mapped files count, and so does what they are converted into.
+                "memory": (2 if base_folder is None else 4) * size + LIBRARIES,
+                "gpu": device.type == "cuda",
+            },
         )
-    try:
-        heard: Evidence = from_plain(Evidence, answer)
-        if any(payload.strength < 0 for payload in heard.payloads):
-            raise ValueError("a strength is negative")
-    except (ValueError, OverflowError) as error:  # an integer that no float can hold
-        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
-    return heard
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,88 @@
+"""The critical subspace (ProjLens; docs/lens.md 6): parts of the update, and projectors made with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from projaudit.behaviour.speaker import Side
+from projaudit.projector import Linear
+
+Kind = Literal["recovery", "removal"]
+Ranks = Literal["cumulative", "single"]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The leading components of one layer's update."""
+
+    layer: Linear
+    first: bool
+    """Whether it reads the features: k1 counts its components, k2 those of all others."""
+    values: Tensor
+    """σ (all of them), fp32, descending."""
+    left: Tensor
+    """(out, K)."""
+    right: Tensor
+    """(K, in)."""
+
+    def part(self, k: int, ranks: Ranks) -> Tensor:
+        """Σ_{i≤k} σi ui viᵀ, or σk uk vkᵀ alone (out × in); k = 0 is nothing."""
+        chosen = slice(0, k) if ranks == "cumulative" else slice(max(k - 1, 0), k)
+        left, right = self.left[:, chosen], self.right[chosen]
+        return left * self.values[chosen.start : chosen.stop][: left.shape[1]] @ right
+
+
+def layer_parts(
+    layer: Linear, base: Tensor, tuned: Tensor, *, first: bool, most: int
+) -> LayerParts:
+    """SVD of ΔW = W_tuned − W_base, dense and in fp32 as ProjLens' (docs/lens.md 1).
+
+    `base` and `tuned` are the weights as stored, in any dtype.
+    """
+    delta = layer.matrix(tuned.float()) - layer.matrix(base.float())
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    return LayerParts(layer, first, values, left[:, :most].clone(), right[:most].clone())
+
+
+def made(
+    kind: Kind,
+    ranks: Ranks,
+    k1: int,
+    k2: int,
+    *,
+    bias: bool,
+    base: Side,
+    tuned: Side,
+    parts: Mapping[str, LayerParts],
+) -> dict[str, Tensor]:
+    """The projector of one cell: W_base + part, or W_tuned − part, layer by layer (docs/lens.md 6).
+
+    `parts` by the weight's name in the module; what is no weight of theirs (biases, norms) is the
+    tuned projector's with `bias`, the base's without.
+    """
+    made = dict(tuned if bias else base)
+    start, sign = (base, 1.0) if kind == "recovery" else (tuned, -1.0)
+    for name, one in parts.items():
+        stored = start[name]
+        part = one.layer.stored(sign * one.part(k1 if one.first else k2, ranks), stored.shape)
+        made[name] = (stored.float() + part).to(stored.dtype)
+    return made
+
+
+def axes(parts: Sequence[LayerParts], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """k1 and k2 of the heat maps: 1 … most, as far as the layers have components."""
+    found = []
+    for first in (True, False):
+        sides = [min(one.layer.shape) for one in parts if one.first is first]
+        found.append(tuple(range(1, min(most, max(sides)) + 1)) if sides else (0,))
+    return found[0], found[1]
+
+
+def cells(first: Sequence[int], second: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """All (k1, k2), row by row."""
+    return ((k1, k2) for k1 in first for k2 in second)
