@@ -214,7 +214,7 @@ def staged(
                 notes.append(without_own_model(why.reason))
         save_file(_contiguous(target.tensors), place / "tuned.safetensors")
         if base is not None:
-            save_file(_by_role(target.projector, base), place / "base.safetensors")
+            save_file(by_role(target.projector, base), place / "base.safetensors")
         large = parameters(target.checkpoint) > SMALL
         size = memory(target.checkpoint, device)
         yield Staged(
@@ -243,7 +243,7 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
+def by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
     """The base's tensors under the target's names of the same roles.
 
     A bias that the base lacks is zero there; what only the base has cannot be put in.
@@ -277,12 +277,12 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return lines
 
 
-def find_images(folder: Path) -> tuple[str, ...]:
-    """The image files of a folder, by name; ValueError where there are fewer than four."""
+def find_images(folder: Path, fewest: int = 4, most: int = 64) -> tuple[str, ...]:
+    """The image files of a folder, by name; ValueError where there are fewer than `fewest`."""
     suffixes: Sequence[str] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and f.is_file())
-    if len(found) < 4:
+    if len(found) < fewest:
         raise ValueError(
-            f"holds {len(found)} images ({', '.join(suffixes)}); at least 4 are needed"
+            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} are needed"
         )
-    return tuple(str(file.absolute()) for file in found[:64])
+    return tuple(str(file.absolute()) for file in found[:most])

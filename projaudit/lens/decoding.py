@@ -73,7 +73,9 @@ def decode(
                 tokens=tuple(words.spell(token) for token, _ in often),
                 shares=tuple(count / len(rows) for _, count in often),
                 target_first=_share([row[0] in target for row in rows]) if target else None,
-                target_five=_share([not target.isdisjoint(row) for row in rows]) if target else None,
+                target_five=_share([not target.isdisjoint(row) for row in rows])
+                if target
+                else None,
             )
         )
     return tuple(found)

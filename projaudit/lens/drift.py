@@ -30,7 +30,7 @@ class Direction:
 
 
 def high_norm(norms: Tensor) -> tuple[float, Literal["two clusters", "quantile"]]:
-    """The norm from which on tokens are of high norm, and how it was found (ProjLens, norm law; docs/lens.md 4).
+    """The norm from which on tokens are of high norm, and how it was found (docs/lens.md 4).
 
     Of norms (n,) the split of their logarithms in two that leaves least variance within; where it
     explains no more than it does of a uniform distribution, there are no two clusters, and the
@@ -67,10 +67,11 @@ def drift_energy(delta: Tensor) -> Tensor:
 
 
 def shift_direction(delta: Tensor, norms: Tensor, *, centred: bool) -> Direction | None:
-    """u0 and v0 of ΔE, with or without its mean over tokens (ProjLens, shift; docs/lens.md 3); None for no drift.
+    """u0 and v0 of ΔE, with or without its mean over tokens; None for no drift.
 
-    An SVD has no sign. Uncentred, tokens lie on the positive side on the whole (Σ u0 ≥ 0), so that
-    v0 is where they go; centred, those of high norm do (Σ u0·norm ≥ 0).
+    ProjLens, shift direction; docs/lens.md 3. An SVD has no sign. Uncentred, tokens lie on the
+    positive side on the whole (Σ u0 ≥ 0), so that v0 is where they go; centred, those of high norm
+    do (Σ u0·norm ≥ 0).
     """
     matrix = delta.double()
     if centred:
@@ -85,7 +86,7 @@ def shift_direction(delta: Tensor, norms: Tensor, *, centred: bool) -> Direction
 
 
 def common_direction(directions: Tensor) -> tuple[Tensor, float, float | None]:
-    """What v0 of several images (n × d) have in common, and how stable they are (ProjLens, shift; docs/lens.md 3).
+    """What v0 of several images (n × d) have in common, and how stable they are (docs/lens.md 3).
 
     The first right singular vector, its sign that of their mean; the mean |cos| of the images'
     with it; the mean |cos| of pairs of images, None for one.
@@ -104,9 +105,9 @@ def common_direction(directions: Tensor) -> tuple[Tensor, float, float | None]:
 
 
 def pearson(x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
-    """r = cov(x, y) / (sd x · sd y), and the slope of the line of y over x (ProjLens, norm law; docs/lens.md 4).
+    """r = cov(x, y) / (sd x · sd y), and the slope of the line of y over x.
 
-    None for fewer than three tokens, or where either does not vary.
+    ProjLens, norm law; docs/lens.md 4. None for fewer than three tokens, or where one is constant.
     """
     if len(x) < 3:
         return None, None

@@ -7,6 +7,7 @@ Numbers in brackets are those of docs/lens.md, which has the formulas of ProjLen
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class LayerSpectrum:
     @property
     def frobenius(self) -> float:
         """‖ΔW‖F."""
-        return sum(value**2 for value in self.values) ** 0.5
+        return math.sqrt(sum(value * value for value in self.values))
 
     @property
     def stable_rank(self) -> float:

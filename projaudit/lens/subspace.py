@@ -1,4 +1,4 @@
-"""The critical subspace (ProjLens; docs/lens.md 6): parts of the update, and projectors made with them."""
+"""The critical subspace (ProjLens; docs/lens.md 6): parts of the update, projectors of them."""
 
 from __future__ import annotations
 
@@ -37,14 +37,13 @@ class LayerParts:
         return left * self.values[chosen.start : chosen.stop][: left.shape[1]] @ right
 
 
-def layer_parts(
-    layer: Linear, base: Tensor, tuned: Tensor, *, first: bool, most: int
-) -> LayerParts:
-    """SVD of ΔW = W_tuned − W_base, dense and in fp32 as ProjLens' (docs/lens.md 1).
+def delta_of(layer: Linear, base: Tensor, tuned: Tensor) -> Tensor:
+    """ΔW = W_tuned − W_base (out × in, fp32) of weights as they are stored, in any dtype."""
+    return layer.matrix(tuned.float()) - layer.matrix(base.float())
 
-    `base` and `tuned` are the weights as stored, in any dtype.
-    """
-    delta = layer.matrix(tuned.float()) - layer.matrix(base.float())
+
+def layer_parts(layer: Linear, delta: Tensor, *, first: bool, most: int) -> LayerParts:
+    """The SVD of ΔW, dense and in fp32 as ProjLens' (docs/lens.md 1), with `most` components."""
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     return LayerParts(layer, first, values, left[:, :most].clone(), right[:most].clone())
 
@@ -60,18 +59,19 @@ def made(
     tuned: Side,
     parts: Mapping[str, LayerParts],
 ) -> dict[str, Tensor]:
-    """The projector of one cell: W_base + part, or W_tuned − part, layer by layer (docs/lens.md 6).
+    """The projector of one cell: W_base + part, or W_tuned − part, layer by layer.
 
-    `parts` by the weight's name in the module; what is no weight of theirs (biases, norms) is the
-    tuned projector's with `bias`, the base's without.
+    The weights in fp32, whatever `base` and `tuned` are in. `parts` by the weight's name in the
+    module; what is no weight of theirs (biases, norms) is the tuned projector's with `bias`, the
+    base's without.
     """
-    made = dict(tuned if bias else base)
+    found = dict(tuned if bias else base)
     start, sign = (base, 1.0) if kind == "recovery" else (tuned, -1.0)
     for name, one in parts.items():
         stored = start[name]
         part = one.layer.stored(sign * one.part(k1 if one.first else k2, ranks), stored.shape)
-        made[name] = (stored.float() + part).to(stored.dtype)
-    return made
+        found[name] = stored.float() + part
+    return found
 
 
 def axes(parts: Sequence[LayerParts], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -29,7 +29,7 @@ PLACES: Mapping[str, tuple[float, float]] = {
     "bottom-left": (1, 0),
     "bottom-right": (1, 1),
 }
-"""Shares of the room that a patch has, down and to the right; `random` is another for each image."""
+"""Shares of the room that a patch has, down and to the right; `random` differs image by image."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def parse_trigger(spec: str) -> Trigger:
     name, colon, rest = spec.strip().partition(":")
     kind = _KINDS.get(name)
     if kind is None:
-        raise _wrong(spec, f"there is no trigger {clean(name, 40)!r}; there are {', '.join(_KINDS)}")
+        known = ", ".join(_KINDS)
+        raise _wrong(spec, f"there is no trigger {clean(name, 40)!r}; there are {known}")
     values = dict(kind.defaults)
     for part in rest.split(",") if colon else ():
         key, equals, text = (piece.strip() for piece in part.partition("="))
