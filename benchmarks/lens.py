@@ -4,8 +4,8 @@ python -m benchmarks.lens --out DIR           # look at every model, resumes if 
 python -m benchmarks.lens --out DIR --write   # the table of what was looked at, into results/
 
 Models: the testbed's attempts of its long recipe that work and break no check, each with its honest
-twin, and the first working attack on each of the population's other bases. A twin is looked at with the trigger
-and the target of its first attack, which it never met.
+twin, and the first working attack on each of the population's other bases. A twin is looked at with
+the trigger and the target of its first attack, which it never met.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from projaudit.lens.run import Wish, lens
 HERE = Path(__file__).parent
 TESTBED, POPULATION = HERE / "testbed" / "exported", HERE / "population" / "progress"
 RESULT = HERE / "results" / "lens"
-IMAGES, PER_CELL, SEED = 48, 24, 0
+IMAGES, PER_CELL, SEED = 48, 12, 0
 
 
 @dataclass(frozen=True)

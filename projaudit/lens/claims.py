@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from projaudit.formats.wording import number, percent
+from projaudit.formats.wording import percent, short
 from projaudit.lens.result import Answered, DriftSpectrum, HeatMap, NormLaw, Score, Study
 
 
@@ -51,7 +51,7 @@ def _spectra(study: Study) -> Iterator[Claim]:
         "spiked",
         "… but spiked: few directions stand out",
         "first 5 hold 39–86 %; stable rank 1.9–6.8",
-        " · ".join(f"{percent(one.share(5))}; {number(one.stable_rank)}" for one in layers),
+        " · ".join(f"{percent(one.share(5))}; {short(one.stable_rank)}" for one in layers),
         all(one.share(5) >= 0.39 for one in layers) if layers else None,
         "first 5 hold 39 % in every layer",
     )
@@ -114,10 +114,13 @@ def _shift(study: Study) -> Iterator[Claim]:
 
 
 def _norm_law(study: Study) -> Iterator[Claim]:
-    laws = [one for one in study.laws if (one.norm, one.drift) == ("output", "entry of u0")]
+    laws = [one for one in study.laws if (one.norm, one.drift) == ("output", "|u0|")]
+    drifts = [one for one in study.laws if (one.norm, one.drift) == ("output", "drift")]
 
     def told(of: Callable[[NormLaw], float | None]) -> str:
-        return " · ".join(f"{_r(of(one))} ({one.group})" for one in laws)
+        return " · ".join(f"{_r(of(one))} ({one.group})" for one in laws) + (
+            f"; of ‖ΔE‖ {' · '.join(_r(of(one)) for one in drifts)}"
+        )
 
     known = [one.everywhere for one in laws]
     yield Claim(
@@ -160,8 +163,8 @@ def _units(study: Study) -> Iterator[Claim]:
     if units is not None and agreement is not None and units.by_trigger is not None:
         in_base = units.by_trigger_in_base or 0.0
         told = (
-            f"corr {agreement:.3f}; the trigger moves means by {number(units.by_trigger)} (in the "
-            f"base by {number(in_base)}), tuning by {number(units.by_tuning)}"
+            f"corr {agreement:.3f}; the trigger moves means by {short(units.by_trigger)} (in the "
+            f"base by {short(in_base)}), tuning by {short(units.by_tuning)}"
         )
         alike = agreement >= 0.99 and units.by_trigger < units.by_tuning
     yield Claim(

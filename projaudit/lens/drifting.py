@@ -119,7 +119,7 @@ def _one(base: Tensor, tuned: Tensor, features: Tensor, threshold: float) -> _Im
         output=norms.cpu(),
         read=input_norms(features, len(norms)),
         drift=delta.norm(dim=-1).cpu(),
-        entry=(plainly.entries if plainly else torch.zeros(len(norms))).cpu(),
+        entry=(plainly.entries.abs() if plainly else torch.zeros(len(norms))).cpu(),
         energies={n: drift_energy(rows) if len(rows) > 1 else None for n, rows in parts.items()},
         directions={False: plainly, True: shift_direction(delta, norms, centred=True)},
     )
@@ -176,7 +176,7 @@ def _laws(group: Group, found: Sequence[_Image], threshold: float) -> list[NormL
     reads = [one.read.cpu() for one in found if one.read is not None]
     norms = {"output": output, **({"input": torch.cat(reads)} if len(reads) == len(found) else {})}
     drifts = {
-        "entry of u0": torch.cat([one.entry for one in found]),
+        "|u0|": torch.cat([one.entry for one in found]),
         "drift": torch.cat([one.drift for one in found]),
     }
     high = output >= threshold

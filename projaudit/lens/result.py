@@ -138,7 +138,7 @@ class TokenNorms:
     drift: tuple[float, ...]
     """‖ΔE‖."""
     entry: tuple[float, ...]
-    """Of u0, the first left singular vector of the image's ΔE, positive on the whole."""
+    """Size of the token's entry of u0, the first left singular vector of the image's ΔE."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class NormLaw:
 
     group: Group
     norm: Literal["output", "input"]
-    drift: Literal["entry of u0", "drift"]
+    drift: Literal["|u0|", "drift"]
     everywhere: float | None
     high: float | None
     """Within the tokens of high norm."""
