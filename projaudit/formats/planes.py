@@ -72,7 +72,7 @@ def heat(
                 continue
             place = (j - 0.48, i - 0.46)
             axes.add_patch(
-                Rectangle(place, 0.96, 0.92, color=colour("update"), alpha=0.72 * share, lw=0)
+                Rectangle(place, 0.96, 0.92, color=colour("update"), alpha=0.6 * share, lw=0)
             )
             axes.annotate(
                 f"{100 * share:.0f}", (j, i), ha="center", va="center", color=colour("ink")
@@ -86,5 +86,7 @@ def heat(
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.set_xlabel(labels[1])
-    axes.set_ylabel("" if named else labels[0])
+    if not named:
+        axes.set_ylabel(labels[0])
+        axes.yaxis.set_label_coords(-0.1, 0.5)  # placeholders are wider than what replaces them
     return finished(figure, ident, title, summary, names)

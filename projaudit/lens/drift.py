@@ -15,8 +15,9 @@ from projaudit.lens.result import ENERGIES
 
 BULK = 0.8
 """Share of the tokens below the threshold where norms make no two clusters."""
-UNIFORM = 0.75
-"""Share of the variance that the best split of a uniform distribution explains."""
+APART = 0.85
+"""Share of the variance that the split of two clusters explains; of a uniform distribution the
+best split explains 0.75, of a normal one 0.64."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ def high_norm(norms: Tensor) -> tuple[float, Literal["two clusters", "quantile"]
     """The norm from which on tokens are of high norm, and how it was found (docs/lens.md 4).
 
     Of norms (n,) the split of their logarithms in two that leaves least variance within; where it
-    explains no more than it does of a uniform distribution, there are no two clusters, and the
-    80 % quantile is taken. ProjLens names numbers (45, 175), which are one model's.
+    explains no more than `APART`, there are no two clusters, and the 80 % quantile is taken.
+    ProjLens names numbers (45, 175), which are one model's.
     """
     logs = norms.double().clamp_min(1e-12).log().sort().values
     n = len(logs)
@@ -46,7 +47,7 @@ def high_norm(norms: Tensor) -> tuple[float, Literal["two clusters", "quantile"]
     low, high = sums[:-1] / counts, (sums[-1] - sums[:-1]) / (n - counts)
     between = counts * (n - counts) / n * (high - low).square()
     best = int(between.argmax())
-    if float(between[best]) / total <= UNIFORM:
+    if float(between[best]) / total <= APART:
         return float(norms.double().quantile(BULK)), "quantile"
     return float(((logs[best] + logs[best + 1]) / 2).exp()), "two clusters"
 
@@ -113,7 +114,7 @@ def pearson(x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
         return None, None
     dx, dy = x.double() - x.double().mean(), y.double() - y.double().mean()
     varies_x, varies_y = float(dx.square().sum()), float(dy.square().sum())
-    small = 1e-20 * len(x)
+    small = 1e-12 * len(x)  # float32 holds no smaller variation
     if varies_x <= small * float(x.double().square().max()) or varies_y <= small * float(
         y.double().square().max()
     ):
