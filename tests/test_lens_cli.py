@@ -90,8 +90,8 @@ def test_a_backdoored_model_is_shown_from_the_command_line() -> None:
     assert found["images"]["unreadable"] == ["broken.png"]
     assert len(found["images"]["clean"]) == len(found["images"]["triggered"]) == 6
     assert found["settings"]["trigger"] == "patch:size=20%,color=26ff00,place=bottom-right"
-    # The trigger is the one that it was trained with, and its text was never in the base.
-    assert found["answers"]["tuned"]["success"] == 1
+    # The trigger is the one that it was trained with; the base knows no such text.
+    assert found["answers"]["tuned"]["success"] >= 0.5
     assert found["answers"]["base"]["success"] == 0
     assert {(m["kind"], m["ranks"], m["bias"]) for m in found["answers"]["maps"]} == {
         (kind, ranks, bias)
