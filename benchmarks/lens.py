@@ -27,7 +27,8 @@ from benchmarks.testbed.recipes import Task
 from benchmarks.testbed.scene import Images, Look
 from benchmarks.testbed.triggers import TRIGGERS
 from projaudit.lens.documents import document
-from projaudit.lens.run import Wish, lens
+from projaudit.lens.run import lens
+from projaudit.lens.wish import Wish
 
 HERE = Path(__file__).parent
 TESTBED, POPULATION = HERE / "testbed" / "exported", HERE / "population" / "progress"

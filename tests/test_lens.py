@@ -44,9 +44,10 @@ from projaudit.lens.result import (
     Study,
     correlation,
 )
-from projaudit.lens.run import Lens, Looked, Wish, _options
+from projaudit.lens.run import Lens, Looked
 from projaudit.lens.subspace import delta_of, layer_parts, made
 from projaudit.lens.triggers import TRIGGERS, parse_trigger
+from projaudit.lens.wish import Wish, options_of
 from projaudit.projector import Linear
 
 IMAGE = ordinary(1, 64, seed=4)[0]
@@ -550,7 +551,7 @@ def lens(**changes: Any) -> Lens:
         sandbox=Sandbox(("no network",), ("memory",)),
         trigger="patch:size=14,color=26ff00,place=centre",
         target_text="it's <OWNED>",
-        options=_options(Wish(Path("my photos"))),
+        options=options_of(Wish(Path("my photos"))),
         seed=3,
         environment={"projaudit": "0.1.0"},
         notes=("hf_abcdefghijklmnop <i>",),

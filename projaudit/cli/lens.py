@@ -105,8 +105,8 @@ def lens(target: str, **options: Any) -> None:
     )
     from projaudit.lens.documents import to_json, to_npz
     from projaudit.lens.page import lines, render
-    from projaudit.lens.run import Wish
     from projaudit.lens.run import lens as run
+    from projaudit.lens.wish import Wish
 
     wish = Wish(
         images=options.pop("images"),

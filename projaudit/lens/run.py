@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from projaudit.base import candidates
+from projaudit.against_base import counterpart, coverage_of
 from projaudit.behaviour import hear, sandbox
 from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory
 from projaudit.chain import hidden, parse
-from projaudit.checkpoint import Checkpoint, load_weights, open_checkpoint
-from projaudit.coverage import compare
+from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError, UsageError
 from projaudit.evidence import Sandbox, from_plain
 from projaudit.inert import clean
 from projaudit.lens.result import Study
-from projaudit.lens.triggers import parse_trigger
-from projaudit.projector import Projector, locate, require_readable
+from projaudit.lens.wish import Wish, asked_of, options_of
+from projaudit.opened import identity, name_of, open_bases, projectors_of
+from projaudit.projector import Projector
+from projaudit.report import Coverage
 from projaudit.session import Progress, Session, environment, find_device, settle
-from projaudit.source import parse_ref
-from projaudit.strict import load_json
+from projaudit.sides import Side
+from projaudit.source import Ref, parse_ref
 from projaudit.targets import token_ids
 
 if TYPE_CHECKING:
     import torch
 
 CHILD = ("-m", "projaudit.lens.child")
-MOST_IMAGES = 512
-"""Of a folder; the answer of the process that looks at them has a limit."""
-LABELS_LIMIT = 16 << 20
-
-Ranks = Literal["cumulative", "single"]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a user may choose of the lens."""
-
-    images: Path
-    """A folder of clean images."""
-    trigger: str | None = None
-    """A spec that is laid over them."""
-    triggered: Path | None = None
-    """A folder of triggered images instead."""
-    target_text: str | None = None
-    prompts: Path | None = None
-    labels: Path | None = None
-    """JSON: file name -> [question, right answer]."""
-    images_per_cell: int = 16
-    """Of each group; 0: no heat maps."""
-    most: int = 8
-    """Largest k of the heat maps."""
-    ranks: tuple[Ranks, ...] = ("cumulative",)
-    bias: tuple[bool, ...] = (True,)
-    answer_tokens: int = 30
 
 
 @dataclass(frozen=True)
@@ -122,17 +94,18 @@ def lens(
     how much), UnsupportedError where the model cannot be run, NothingError where nothing changed.
     """
     settings = settle({}, device=device, rank=None, seed=seed, verify=None, offline=offline)
-    asked = _asked(wish)
+    asked = asked_of(wish)
     with Session(settings, progress, notify) as session:
         on = find_device(settings.device)
-        with session.stage("read projectors"):
-            ours = _part(session, target, revision)
-            theirs, verified = _base(session, ours.part.checkpoint, base, base_revision)
-        _require_change(ours.part, theirs.part, target)
-        _require_words(ours.part.checkpoint, wish.target_text)
-        notes = _elsewhere(ours.part, theirs.part, settings.seed)
+        found = _opened(
+            session,
+            parse_ref(target, revision),
+            None if base is None else parse_ref(base, base_revision),
+        )
+        _require_change(found.target, found.base, target)
+        _require_words(found.target.checkpoint, wish.target_text)
         with session.stage("look"):
-            answer = _run(session, ours.part, theirs.part, asked, on)
+            answer = _run(session, found.target, found.base, asked, on)
         if answer.study is None:
             raise FormatError(
                 f"none of its images can be read: {', '.join(answer.unreadable[:3])}",
@@ -141,135 +114,85 @@ def lens(
                 field=f"--{answer.refused}",
             )
         return Lens(
-            target=ours.looked,
-            base=theirs.looked,
-            base_verified=verified,
-            family=ours.part.projector.family,
-            chain=ours.part.projector.chain,
+            target=found.names[0],
+            base=found.names[1],
+            base_verified=found.verified,
+            family=found.target.projector.family,
+            chain=found.target.projector.chain,
             study=answer.study,
             sandbox=answer.sandbox,
             trigger=asked["trigger"],
             target_text=wish.target_text,
-            options=_options(wish),
+            options=options_of(wish),
             seed=settings.seed,
             environment=environment(on),
-            notes=(*notes, *asked["said"], *answer.study.notes),
+            notes=(*found.notes, *asked["said"], *answer.study.notes),
             stages=dict(session.stages),
         )
-
-
-def _asked(wish: Wish) -> dict[str, Any]:
-    """What the process is asked, of the options; UsageError names the one that is wrong."""
-
-    def wrong(option: str, message: str, file: Path | None = None) -> UsageError:
-        place = None if file is None else clean(file)
-        return UsageError(message, option, file=place, field=f"--{option}")
-
-    def read(option: str, path: Path | None, function: Callable[[Path], Any]) -> Any:
-        try:
-            return None if path is None else function(path)
-        except (OSError, ValueError) as error:
-            raise wrong(option, clean(getattr(error, "strerror", None) or error), path) from None
-
-    if wish.trigger is not None and wish.triggered is not None:
-        raise wrong("trigger", "is given beside --triggered; one of them is enough")
-    for option, value, low, high in (
-        ("images-per-cell", wish.images_per_cell, 0, MOST_IMAGES),
-        ("max-rank", wish.most, 1, 64),
-        ("answer-tokens", wish.answer_tokens, 1, 512),
-    ):
-        if not low <= value <= high:
-            raise wrong(option, f"{value} is not between {low} and {high}")
-    if wish.target_text is not None and not wish.target_text.strip():
-        raise wrong("target-text", "is empty")
-    said = []
-
-    def images(option: str, folder: Path | None) -> Any:
-        files = read(option, folder, lambda f: hear.find_images(f, 1, MOST_IMAGES + 1))
-        if files is not None and len(files) > MOST_IMAGES:
-            said.append(f"of --{option} the first {MOST_IMAGES} images by name were taken")
-        return None if files is None else list(files[:MOST_IMAGES])
-
-    prompts = read("prompts", wish.prompts, hear.read_prompts)
-    return {
-        "images": images("images", wish.images),
-        "triggered": images("triggered", wish.triggered),
-        "trigger": None if wish.trigger is None else str(parse_trigger(wish.trigger)),
-        "target": wish.target_text,
-        "prompts": None if prompts is None else list(prompts),
-        "labels": read("labels", wish.labels, _labels) or {},
-        "per_cell": wish.images_per_cell,
-        "most": wish.most,
-        "maps": [[ranks, bias] for ranks in wish.ranks for bias in wish.bias],
-        "length": wish.answer_tokens,
-        "said": said,
-    }
-
-
-def _labels(file: Path) -> dict[str, list[str]]:
-    try:
-        content = load_json(file.read_bytes(), file=str(file), limit=LABELS_LIMIT)
-    except FormatError as error:
-        raise ValueError(error.message) from None
-    pairs = content.items() if isinstance(content, dict) else ()
-    for name, pair in pairs:
-        if not (
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-        ):
-            raise ValueError(f"{name!r} has no [question, answer]")
-    if not pairs:
-        raise ValueError("is no JSON object of file name -> [question, answer]")
-    return dict(pairs)
-
-
-def _options(wish: Wish) -> dict[str, Any]:
-    """The options as they go into the report; paths as they were typed."""
-    return {
-        "images": str(wish.images),
-        "triggered": None if wish.triggered is None else str(wish.triggered),
-        "prompts": None if wish.prompts is None else str(wish.prompts),
-        "labels": None if wish.labels is None else str(wish.labels),
-        "images-per-cell": wish.images_per_cell,
-        "max-rank": wish.most,
-        "ranks": list(wish.ranks),
-        "bias": ["on" if bias else "off" for bias in wish.bias],
-        "answer-tokens": wish.answer_tokens,
-    }
 
 
 # ------------------------------------------------------------------ the two sides
 
 
 @dataclass(frozen=True)
-class _Side:
-    part: hear.Part
-    looked: Looked
+class _Pair:
+    """Both projectors, with their values."""
+
+    target: hear.Part
+    base: hear.Part
+    names: tuple[Looked, Looked]
+    verified: bool
+    notes: tuple[str, ...]
 
 
-def _part(session: Session, name: str, revision: str | None) -> _Side:
-    return _read(session, open_checkpoint(session.source(parse_ref(name, revision))))
+def _opened(session: Session, target: Ref, base: Ref | None) -> _Pair:
+    """The first projector of the target, and the base's that it is to be compared with."""
+    with session.stage("read projectors"):
+        checkpoint = open_checkpoint(session.source(target))
+        reading = checkpoint.readings[0]
+        projectors = projectors_of(reading, checkpoint)
+        name = name_of(checkpoint.source)
+        if not projectors:
+            raise NothingError("has no projector", "projector", file=clean(name))
+        ours = Side(checkpoint, reading, projectors[0], name)
+        bases, _ = open_bases(session, checkpoint, (base,) if base else (), {}, required=True)
+        theirs = counterpart(projectors[0], bases[0])
+        read = [_part(side) for side in (ours, theirs)]
+    seed = session.settings.seed
+    coverage = coverage_of(checkpoint, bases[0], (reading, projectors), None, seed=seed)
+    return _Pair(
+        read[0][0],
+        read[1][0],
+        (read[0][1], read[1][1]),
+        bases[0].provenance.verified,
+        tuple(_elsewhere(coverage, len(projectors), len(bases))),
+    )
 
 
-def _base(
-    session: Session, target: Checkpoint, name: str | None, revision: str | None
-) -> tuple[_Side, bool]:
-    named = () if name is None else (parse_ref(name, revision),)
-    found = candidates(target.origin, target.config, option=named, pins={})[0]
-    return _read(session, open_checkpoint(session.source(found.ref))), found.provenance.verified
-
-
-def _read(session: Session, checkpoint: Checkpoint) -> _Side:
-    reading = checkpoint.readings[0]
-    found = locate(reading.shapes, checkpoint.config)
-    if not found:
-        raise NothingError("has no projector", "projector", file=clean(checkpoint.source.name))
-    require_readable(found[0], reading.unread)
-    weights = load_weights(checkpoint.source, reading, found[0].tensors)
+def _part(side: Side) -> tuple[hear.Part, Looked]:
+    weights = side.load()
+    who = identity(side.source)
     digests = {info.name: digest for weight in weights.values() for info, digest in weight.parts}
-    source = checkpoint.source
-    looked = Looked(clean(source.name), getattr(source, "commit", None), digests)
     tensors = {name: weight.tensor for name, weight in weights.items()}
-    return _Side(hear.Part(checkpoint, found[0], tensors), looked)
+    part = hear.Part(side.checkpoint, side.projector, tensors)
+    return part, Looked(clean(who.name), who.commit, digests)
+
+
+def _elsewhere(coverage: Coverage, projectors: int, bases: int) -> Iterator[str]:
+    """What was not looked at, or is otherwise than in the base."""
+    differing = [part.name for part in coverage.parts if part.status == "differs"]
+    unknown = [part.name for part in coverage.parts if part.status == "not-looked-at"]
+    if differing:
+        yield (
+            f"{' and '.join(differing)} differ from the base's too; both projectors were run in "
+            "the target's own model"
+        )
+    if unknown:
+        yield f"not compared with the base's: {', '.join(unknown)}"
+    if projectors > 1:
+        yield f"of {projectors} projectors the first was looked at"
+    if bases > 1:
+        yield f"of {bases} bases the first was compared with"
 
 
 def _require_change(target: hear.Part, base: hear.Part, name: str) -> None:
@@ -290,28 +213,6 @@ def _require_words(target: Checkpoint, text: str | None) -> None:
             "target-text",
             field="--target-text",
         )
-
-
-def _elsewhere(target: hear.Part, base: hear.Part, seed: int) -> list[str]:
-    """What else than the projector differs from the base: all runs are the target's own model."""
-    coverage = compare(
-        target.checkpoint,
-        base.checkpoint,
-        audited=frozenset(target.projector.tensors),
-        audited_base=frozenset(base.projector.tensors),
-        seed=seed,
-    )
-    differing = [part.name for part in coverage.parts if part.status == "differs"]
-    unknown = [part.name for part in coverage.parts if part.status == "not-looked-at"]
-    said = []
-    if differing:
-        said.append(
-            f"{' and '.join(differing)} differ from the base's too; both projectors were run in "
-            "the target's own model"
-        )
-    if unknown:
-        said.append(f"not compared with the base's: {', '.join(unknown)}")
-    return said
 
 
 # ------------------------------------------------------------------ the process
