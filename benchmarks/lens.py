@@ -181,16 +181,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 if r["claims"][number]["alike"] is not None
             ]
             counts.append(f"{sum(told)} of {len(told)}" if told else "–")
-        lines.append(
-            f"| {claim['claim']} | {claim['paper']} | {' | '.join(counts)} | {claim['measure']} |"
-        )
+        lines.append(_row(claim["claim"], claim["paper"], *counts, claim["measure"]))
     for number, claim in enumerate(rows[0]["claims"]):
         lines += ["", f"## {claim['claim']}", "", f"Paper: {claim['paper']}.", ""]
         lines += ["| model | kind | ours | like the paper's |", "|---|---|---|---|"]
         for row in rows:
             one = row["claims"][number]
             alike = {True: "yes", False: "no", None: "–"}[one["alike"]]
-            lines.append(f"| {row['name']} | {row['kind']} | {one['ours'] or '–'} | {alike} |")
+            lines.append(_row(row["name"], row["kind"], one["ours"] or "–", alike))
     lines += [
         "",
         "## Answers, with the parts of the update",
@@ -206,8 +204,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         scores += [row["recovery"][k1 - 1][k2 - 1] for k1, k2 in ((2, 3), (5, 5), (8, 8))]
         scores += [row["removal"][k - 1][k - 1] for k in (1, 2, 5)]
         told = [f"{100 * s['success']:.0f} / {100 * s['accuracy']:.0f}" for s in scores]
-        lines.append(f"| {row['name']} | {row['kind']} | {' | '.join(told)} |")
+        lines.append(_row(row["name"], row["kind"], *told))
     return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

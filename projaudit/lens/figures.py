@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from projaudit.findings import Series
 from projaudit.formats.charts import Chart
-from projaudit.formats.planes import heat, scatter
-from projaudit.formats.svg import lines, quiet_matplotlib, swatch
+from projaudit.formats.planes import scatter
+from projaudit.formats.svg import lines, quiet_matplotlib
 from projaudit.formats.wording import number, percent
-from projaudit.inert import clean
-from projaudit.lens.result import Decoding, HeatMap, LayerSpectrum, Score, Study
+from projaudit.lens.charted import charted
+from projaudit.lens.maps import subspace_maps, token_maps
+from projaudit.lens.result import LayerSpectrum, Study
 
 SHOWN = 64
 """Singular values of a layer that are drawn."""
 COMPONENTS = 10
 """Of the drift."""
-TOKENS = 12
-"""Tokens of the frequency map."""
 
 
 def figures(study: Study) -> dict[int, tuple[Chart, ...]]:
@@ -25,38 +24,13 @@ def figures(study: Study) -> dict[int, tuple[Chart, ...]]:
     makers: dict[int, Callable[[Study], Iterator[Chart]]] = {
         1: _spectra,
         2: _drift,
-        3: _tokens,
+        3: token_maps,
         4: _norms,
         5: _units,
-        6: _maps,
+        6: subspace_maps,
     }
     with quiet_matplotlib():
         return {n: tuple(make(study)) for n, make in makers.items()}
-
-
-def _chart(
-    ident: str,
-    title: str,
-    subject: str,
-    reading: str,
-    summary: str,
-    svg: str,
-    labels: Sequence[str],
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> Chart:
-    return Chart(
-        ident=ident,
-        kind="lens",
-        subject=subject,
-        title=title,
-        reading=reading,
-        summary=summary,
-        svg=svg,
-        legend=tuple((swatch(label, bars=False), label) for label in labels),
-        columns=tuple(columns),
-        rows=tuple(tuple(row) for row in rows),
-    )
 
 
 # ------------------------------------------------------------------ 1, 2: lines
@@ -75,7 +49,7 @@ def _spectra(study: Study) -> Iterator[Chart]:
             f"{number(one.base_frobenius)}; stable rank {number(one.stable_rank)}."
         )
         title, ident = "Singular values of the update", f"spectrum-{n}"
-        yield _chart(
+        yield charted(
             ident,
             title,
             one.layer,
@@ -100,7 +74,7 @@ def _energy(n: int, one: LayerSpectrum) -> Chart:
     )
     title, ident = "Cumulative energy of the update", f"energy-{n}"
     drawn = [_series("update", places, energy)]
-    return _chart(
+    return charted(
         ident,
         title,
         one.layer,
@@ -126,7 +100,7 @@ def _drift(study: Study) -> Iterator[Chart]:
     title = "Drift of the outputs: cumulative energy"
     rest = {f"{d.group}, rest": d.energy for d in study.drift if d.energy and d.tokens == "rest"}
     every = {**known, **rest}
-    yield _chart(
+    yield charted(
         "drift",
         title,
         "P_tuned(x) − P_base(x), mean over images",
@@ -141,55 +115,6 @@ def _drift(study: Study) -> Iterator[Chart]:
 
 def _series(label: str, x: Sequence[float], y: Sequence[float]) -> Series:
     return Series("lens", "", label, tuple(x), tuple(y))
-
-
-# ------------------------------------------------------------------ 3: words
-
-
-def _tokens(study: Study) -> Iterator[Chart]:
-    for n, space in enumerate(("LM head", "input embeddings")):
-        found = [d for d in study.decodings if d.space == space]
-        if not found:
-            continue
-        words = _frequent(found)
-        shares = [[_share_of(d, word) for d in found] for word in words]
-        columns = [
-            f"{d.group[0]}{'c' if d.centred else 'u'}{'+' if d.sign == '+' else '−'}" for d in found
-        ]
-        best = max(found, key=lambda d: d.shares[0])
-        summary = (
-            f"Most often: {best.tokens[0]!r} in {percent(best.shares[0])} of {best.group} images "
-            f"({'centred' if best.centred else 'not centred'}, {best.sign}v0)."
-        )
-        title, ident = f"Tokens of the shift direction: {space}", f"tokens-{n}"
-        yield _chart(
-            ident,
-            title,
-            "share of images (%) with the token among the first five of their v0",
-            "Columns: c clean or t triggered images; u not centred or c centred over tokens; the "
-            "sign of v0. Words that the images share say where they all shift to.",
-            clean(summary, 300),
-            heat(ident, title, clean(summary, 300), ("token", ""), words, columns, shares),
-            (),
-            ("token", *columns),
-            [
-                (clean(w), *(percent(s or 0) for s in row))
-                for w, row in zip(words, shares, strict=True)
-            ],
-        )
-
-
-def _frequent(found: Sequence[Decoding]) -> list[str]:
-    """The tokens that are most frequent in any column, those of one column after the other's."""
-    best: dict[str, float] = {}
-    for one in found:
-        for token, share in zip(one.tokens, one.shares, strict=True):
-            best[token] = max(share, best.get(token, 0.0))
-    return sorted(best, key=lambda token: (-best[token], token))[:TOKENS]
-
-
-def _share_of(one: Decoding, token: str) -> float | None:
-    return dict(zip(one.tokens, one.shares, strict=True)).get(token)
 
 
 # ------------------------------------------------------------------ 4, 5: points
@@ -217,7 +142,7 @@ def _norms(study: Study) -> Iterator[Chart]:
         reading += "one there too, or two groups far apart."
         if x == "output":
             reading += " The dotted line is where tokens of high norm begin."
-        yield _chart(
+        yield charted(
             ident,
             title,
             "a point is an image token",
@@ -285,7 +210,7 @@ def _points(
     moved = sorted(
         (abs(y - x), unit, x, y) for unit, (x, y) in enumerate(zip(*pairs["tuned"], strict=True))
     )
-    return _chart(
+    return charted(
         ident,
         title,
         f"units that {layer} reads",
@@ -297,58 +222,3 @@ def _points(
         ("unit, tuned; most moved first", *labels),
         [(str(unit), number(x), number(y)) for _, unit, x, y in moved[::-1][:20]],
     )
-
-
-# ------------------------------------------------------------------ 6: heat maps
-
-
-def _maps(study: Study) -> Iterator[Chart]:
-    found = study.answered
-    if found is None:
-        return
-    labelled = found.tuned.accuracy is not None
-    kinds: list[tuple[str, Callable[[Score], float | None]]] = []
-    if found.success_is != "none":
-        kinds.append(("attack success", lambda score: score.success))
-    if labelled:
-        kinds.append(("clean answers right", lambda score: score.accuracy))
-    else:
-        kinds.append(("clean answers as tuned", lambda score: score.kept))
-    for n, one in enumerate(found.maps):
-        for m, (words, of) in enumerate(kinds):
-            yield _map(f"map-{n}-{m}", one, words, of, found.base, found.tuned)
-
-
-def _map(
-    ident: str,
-    one: HeatMap,
-    words: str,
-    of: Callable[[Score], float | None],
-    base: Score,
-    tuned: Score,
-) -> Chart:
-    shares = [[of(score) for score in row] for row in one.scores]
-    part = "first k" if one.ranks == "cumulative" else "k-th"
-    does = f"base + the {part}" if one.kind == "recovery" else f"tuned − the {part}"
-    title = f"{one.kind.capitalize()}: {words}"
-    known = [share for row in shares for share in row if share is not None]
-    whole = f"base {_percent(of(base))}, tuned {_percent(of(tuned))}"
-    spread = f"from {percent(min(known))} to {percent(max(known))}" if known else "not measured"
-    summary = f"{words.capitalize()}, %: {spread}; {whole}."
-    rows, columns = [str(k) for k in one.first], [str(k) for k in one.second]
-    return _chart(
-        ident,
-        title,
-        f"{does} components; bias and norms the {'tuned' if one.bias else 'base'}'s",
-        "k1 counts components of the layers that read the features, k2 those of the layers behind "
-        "them.",
-        summary,
-        heat(ident, title, summary, ("k1", "k2"), rows, columns, shares) if known else "",
-        (),
-        ("k1 \\ k2", *columns),
-        [(k, *(_percent(share) for share in row)) for k, row in zip(rows, shares, strict=True)],
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else percent(share)
