@@ -151,8 +151,8 @@ def kept(model: Model, found: Mapping[str, Any]) -> dict[str, Any]:
         "units": units,
         "base": answers["base"],
         "tuned": answers["tuned"],
-        "recovery": maps["recovery"]["scores"],
-        "removal": maps["removal"]["scores"],
+        "recovery": maps["recovery"],
+        "removal": maps["removal"],
     }
 
 
@@ -201,11 +201,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         scores = [row["base"], row["tuned"]]
-        scores += [row["recovery"][k1 - 1][k2 - 1] for k1, k2 in ((2, 3), (5, 5), (8, 8))]
-        scores += [row["removal"][k - 1][k - 1] for k in (1, 2, 5)]
+        scores += [_cell(row["recovery"], k1, k2) for k1, k2 in ((2, 3), (5, 5), (8, 8))]
+        scores += [_cell(row["removal"], k, k) for k in (1, 2, 5)]
         told = [f"{100 * s['success']:.0f} / {100 * s['accuracy']:.0f}" for s in scores]
         lines.append(_row(row["name"], row["kind"], *told))
     return "\n".join(lines) + "\n"
+
+
+def _cell(heat: Mapping[str, Any], k1: int, k2: int) -> dict[str, Any]:
+    found: dict[str, Any] = heat["scores"][heat["k1"].index(k1)][heat["k2"].index(k2)]
+    return found
 
 
 def _row(*cells: str) -> str:

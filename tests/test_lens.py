@@ -45,7 +45,7 @@ from projaudit.lens.result import (
     correlation,
 )
 from projaudit.lens.run import Lens, Looked
-from projaudit.lens.subspace import delta_of, layer_parts, made
+from projaudit.lens.subspace import axes, delta_of, layer_parts, made
 from projaudit.lens.triggers import TRIGGERS, parse_trigger
 from projaudit.lens.wish import Wish, options_of
 from projaudit.projector import Linear
@@ -463,16 +463,20 @@ def test_the_heat_maps_of_a_planted_update_are_known(target: str) -> None:
     maps = {(m.kind, m.ranks): m for m in found.maps}
     recovery, removal = maps["recovery", "cumulative"], maps["removal", "cumulative"]
     assert recovery.first == recovery.second == (1, 2, 3, 4)
+    assert removal.first == removal.second == (0, 1, 2, 3, 4)
     assert [[s.success for s in row] for row in recovery.scores] == [[0, 0, 1, 1]] * 4
-    assert all(s.success == 0 for row in removal.scores for s in row)
+    ended = [[s.success for s in row] for row in removal.scores]
+    assert ended == [[1, 0, 0, 0, 0]] + [[0] * 5] * 4  # nothing taken away is the tuned projector
     # The third component alone is not the first three; taking away what is not there harms nothing.
     assert all(s.success == 0 for row in maps["recovery", "single"].scores for s in row)
     single = maps["removal", "single"].scores
-    assert [[s.success for s in row] for row in single] == [[0] * 4] + [[0, 0, 0, 1]] * 3
+    assert [[s.success for s in row] for row in single] == [
+        [0 if k1 == 1 or 1 <= k2 <= 3 else 1 for k2 in range(5)] for k1 in range(5)
+    ]
     assert found.success_is == ("target" if target else "tuned answer")
     assert [e.tuned_triggered for e in found.examples] == ["it is OWNED", "it is OWNED", None]
-    assert told[0][0].startswith("heat maps: 64 cells, 384 answers, about ")
-    assert told[-1] == ("heat maps, cells", 64, 64)
+    assert told[0][0].startswith("heat maps: 82 cells, 492 answers, about ")
+    assert told[-1] == ("heat maps, cells", 82, 82)
 
 
 def test_answers_are_compared_as_they_are_read() -> None:
@@ -662,3 +666,13 @@ def test_what_could_not_be_told_is_left_out_and_not_made_up(changes: dict[str, A
     assert "projaudit lens" in render(lens(**changes))
     assert list(lines(lens(**changes)))
     documents.to_npz(lens(**changes))
+
+
+def test_a_projector_of_one_layer_has_maps_of_one_column() -> None:
+    base, tuned, parts = planted()
+    only = {"linear_1.weight": parts["linear_1.weight"]}
+    assert axes("recovery", list(only.values()), 3) == ((1, 2, 3), (0,))
+    assert axes("removal", list(only.values()), 2) == ((0, 1, 2), (0,))
+    assert axes("recovery", list(parts.values()), 99) == ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6))
+    found = made("recovery", "single", 1, 0, bias=True, base=base, tuned=base, parts=only)
+    assert (found["linear_1.weight"] - tuned["linear_1.weight"]).abs().max() < 1e-5

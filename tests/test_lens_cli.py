@@ -85,7 +85,7 @@ def test_a_backdoored_model_is_shown_from_the_command_line() -> None:
     assert sorted(f.name for f in folder.iterdir()) == ["lens.html", "lens.json", "lens.npz"]
     assert "no verdict" in done.stdout
     assert "broken.png" in done.stdout
-    assert "heat maps: 32 cells, 192 answers, about " in done.stderr
+    assert "heat maps: 52 cells, 312 answers, about " in done.stderr
     assert "Traceback" not in done.stderr
     assert found["images"]["unreadable"] == ["broken.png"]
     assert len(found["images"]["clean"]) == len(found["images"]["triggered"]) == 6
@@ -99,7 +99,10 @@ def test_a_backdoored_model_is_shown_from_the_command_line() -> None:
         for ranks in ("cumulative", "single")
         for bias in ("tuned", "base")
     }
-    assert all(len(m["scores"]) == len(m["scores"][0]) == 2 for m in found["answers"]["maps"])
+    for one in found["answers"]["maps"]:
+        wanted = [1, 2] if one["kind"] == "recovery" else [0, 1, 2]
+        assert one["k1"] == one["k2"] == wanted
+        assert [len(row) for row in one["scores"]] == [len(wanted)] * len(wanted)
     assert [one["shape"] for one in found["spectra"]] == [[128, 96], [128, 128]]
     assert "no network (seccomp)" in found["model"]["sandbox"]["enforced"]
 

@@ -75,18 +75,18 @@ def answered(
         theirs = said(base)
         each = time.monotonic() - started
         judge = _judge(questions, wanted, ours, theirs)
-        first, second = axes(list(parts.values()), wanted.most)
         kinds: list[tuple[Kind, Ranks, bool]] = [
             (kind, ranks, bias) for ranks, bias in wanted.kinds for kind in ("recovery", "removal")
         ]
-        total = len(kinds) * len(first) * len(second)
+        grids = [axes(kind, list(parts.values()), wanted.most) for kind, _, _ in kinds]
+        total = sum(len(first) * len(second) for first, second in grids)
         tell(
             f"heat maps: {total} cells, {total * len(ours):,} answers, about {_time(total * each)}",
             0,
             0,
         )
         maps, done = [], 0
-        for kind, ranks, bias in kinds:
+        for (kind, ranks, bias), (first, second) in zip(kinds, grids, strict=True):
             scores = []
             for k1, k2 in cells(first, second):
                 projector = made(

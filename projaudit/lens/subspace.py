@@ -74,12 +74,17 @@ def made(
     return found
 
 
-def axes(parts: Sequence[LayerParts], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """k1 and k2 of the heat maps: 1 … most, as far as the layers have components."""
-    found = []
+def axes(
+    kind: Kind, parts: Sequence[LayerParts], most: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """k1 and k2 of a heat map: 1 … most, as far as the layers have components.
+
+    Of removal from 0: ProjLens takes components from the first layer alone as well.
+    """
+    lowest, found = (1 if kind == "recovery" else 0), []
     for first in (True, False):
         sides = [min(one.layer.shape) for one in parts if one.first is first]
-        found.append(tuple(range(1, min(most, max(sides)) + 1)) if sides else (0,))
+        found.append(tuple(range(lowest, min(most, max(sides)) + 1)) if sides else (0,))
     return found[0], found[1]
 
 
