@@ -207,8 +207,8 @@ def _questions(
 
 def _exact(request: Mapping[str, Any]) -> tuple[Side, Side]:
     """Base and tuned in their storage dtypes, by name in the module."""
-    prefix = request["prefix"]
-    base, tuned = (load_file(request[side]) for side in ("base", "tuned"))
+    prefix, device = request["prefix"], request["device"]
+    base, tuned = (load_file(request[side], device=device) for side in ("base", "tuned"))
     ours = {in_module(n, prefix): t for n, t in tuned.items() if n.startswith(prefix)}
     theirs = {in_module(n, prefix): t for n, t in base.items() if n.startswith(prefix)}
     return {**ours, **theirs}, ours
