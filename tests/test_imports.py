@@ -41,7 +41,7 @@ LAYERS = [
     ["measure", "against_base"],
     ["behaviour"],
     ["calibration", "screen"],
-    ["listening"],
+    ["listening", "lens"],
     ["reporting"],
     ["audit"],
     ["demo"],

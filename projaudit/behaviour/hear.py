@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
+from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory, without_own_model
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
 from projaudit.evidence import Evidence, from_plain
@@ -84,7 +85,7 @@ def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
 def _require_memory(need: int, device: torch.device) -> None:
     free = _free(device)
     if need > free:
-        raise CouldNotProbe(
+        raise TooLittleMemory(
             f"needs about {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
         )
 
@@ -155,51 +156,15 @@ def hear(
     `other_model` says that more than the projector differs: the base's own model then answers for
     the base. Raises CouldNotProbe with a reason, and what reading the sources raises.
     """
-    from safetensors.torch import save_file
-
-    if target.projector.recipe is not None:
-        raise CouldNotProbe("its projector is no chain of layers, which alone are swapped")
-    if not target.projector.chain:
-        raise CouldNotProbe("what its projector computes is not known")
-    if target.projector.path[0].layout != "plain":
-        raise CouldNotProbe("the weight of its projector's first layer is no linear layer's")
-    require_runnable(target.checkpoint, device)
-    with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
-        place = Path(folder)
-        staged = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
-        notes, base_folder = [], None
-        if base is not None and other_model:
-            try:
-                _require_memory(memory(target.checkpoint, device) * 2, device)
-                source = base.checkpoint.source
-                base_folder = stage(source, weight_files(base.checkpoint), place / "base")
-            except CouldNotProbe as why:
-                notes.append(without_own_model(why.reason))
-        save_file(_contiguous(target.tensors), place / "tuned.safetensors")
-        if base is not None:
-            save_file(_by_role(target.projector, base), place / "base.safetensors")
-        large = parameters(target.checkpoint) > SMALL
-        size = memory(target.checkpoint, device)
+    with staged(target, base, other_model=other_model, device=device, seed=seed) as run:
         answer = sandbox.run(
             {
-                "folder": str(staged),
-                "base_folder": None if base_folder is None else str(base_folder),
-                "tuned": str(place / "tuned.safetensors"),
-                "base": None if base is None else str(place / "base.safetensors"),
-                "prefix": target.projector.prefix,
-                "first": target.projector.path[0].weight,
+                **run.request,
                 "prompts": None if asked.prompts is None else list(asked.prompts),
                 "images": None if asked.images is None else list(asked.images),
-                "device": str(device),
-                "dtype": "bfloat16" if large else "float32",
-                "seed": seed,
                 "budget": budget_of(target.checkpoint, asked),
-                "notes": notes,
             },
-            seconds=SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
-            # Mapped files count, and so does what they are converted into.
-            memory=(2 if base_folder is None else 4) * size + LIBRARIES,
-            gpu=device.type == "cuda",
+            **run.limits,
             progress=progress,
         )
     try:
@@ -211,11 +176,76 @@ def hear(
     return heard
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A model that is ready to be run in a process of its own."""
+
+    request: dict[str, Any]
+    """What `loading.load` needs to know."""
+    limits: dict[str, Any]
+    """What `sandbox.run` gives the process: seconds, memory, gpu."""
+
+
+@contextmanager
+def staged(
+    target: Part, base: Part | None, *, other_model: bool, device: torch.device, seed: int
+) -> Iterator[Staged]:
+    """The target's repository and both projectors in a folder, which lasts as long as the block.
+
+    `other_model` asks for the base's own model beside the target's. Raises as `hear`.
+    """
+    from safetensors.torch import save_file
+
+    if target.projector.recipe is not None:
+        raise CouldNotProbe("its projector is no chain of layers, which alone are swapped")
+    if not target.projector.chain:
+        raise CouldNotProbe("what its projector computes is not known")
+    if target.projector.path[0].layout != "plain":
+        raise CouldNotProbe("the weight of its projector's first layer is no linear layer's")
+    require_runnable(target.checkpoint, device)
+    with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
+        place = Path(folder)
+        model = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
+        notes, base_folder = [], None
+        if base is not None and other_model:
+            try:
+                _require_memory(memory(target.checkpoint, device) * 2, device)
+                source = base.checkpoint.source
+                base_folder = stage(source, weight_files(base.checkpoint), place / "base")
+            except CouldNotProbe as why:
+                notes.append(without_own_model(why.reason))
+        save_file(_contiguous(target.tensors), place / "tuned.safetensors")
+        if base is not None:
+            save_file(by_role(target.projector, base), place / "base.safetensors")
+        large = parameters(target.checkpoint) > SMALL
+        size = memory(target.checkpoint, device)
+        yield Staged(
+            {
+                "folder": str(model),
+                "base_folder": None if base_folder is None else str(base_folder),
+                "tuned": str(place / "tuned.safetensors"),
+                "base": None if base is None else str(place / "base.safetensors"),
+                "prefix": target.projector.prefix,
+                "first": target.projector.path[0].weight,
+                "device": str(device),
+                "dtype": "bfloat16" if large else "float32",
+                "seed": seed,
+                "notes": notes,
+            },
+            {
+                "seconds": SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
+                # Mapped files count, and so does what they are converted into.
+                "memory": (2 if base_folder is None else 4) * size + LIBRARIES,
+                "gpu": device.type == "cuda",
+            },
+        )
+
+
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
+def by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
     """The base's tensors under the target's names of the same roles.
 
     A bias that the base lacks is zero there; what only the base has cannot be put in.
@@ -249,12 +279,12 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return lines
 
 
-def find_images(folder: Path) -> tuple[str, ...]:
-    """The image files of a folder, by name; ValueError where there are fewer than four."""
+def find_images(folder: Path, fewest: int = 4, most: int = 64) -> tuple[str, ...]:
+    """The image files of a folder, by name; ValueError where there are fewer than `fewest`."""
     suffixes: Sequence[str] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and f.is_file())
-    if len(found) < 4:
+    if len(found) < fewest:
         raise ValueError(
-            f"holds {len(found)} images ({', '.join(suffixes)}); at least 4 are needed"
+            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} are needed"
         )
-    return tuple(str(file.absolute()) for file in found[:64])
+    return tuple(str(file.absolute()) for file in found[:most])

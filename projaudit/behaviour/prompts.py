@@ -26,11 +26,11 @@ FEWEST = 2
 
 
 def usable(
-    tokenizer: Any, wanted: Sequence[str], most: int
+    tokenizer: Any, wanted: Sequence[str], most: int, fewest: int = FEWEST
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The prompts to use, at most `most`, and those that hold unknown tokens.
 
-    Raises CouldNotProbe where fewer than `FEWEST` can be used: what one prompt brings out may be
+    Raises CouldNotProbe where fewer than `fewest` can be used: what one prompt brings out may be
     its answer.
     """
     unknown = tokenizer.unk_token_id
@@ -40,7 +40,7 @@ def usable(
         if unknown is not None and unknown in tokenizer(prompt, add_special_tokens=False).input_ids
     )
     read = tuple(prompt for prompt in dict.fromkeys(wanted) if prompt not in unread)
-    if len(read) < FEWEST:
+    if len(read) < fewest:
         raise CouldNotProbe(
             f"its tokenizer knows the words of only {len(read)} of {len(wanted)} prompts; "
             "give it prompts of its own with --prompts"
