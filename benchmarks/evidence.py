@@ -77,6 +77,7 @@ def measured(
     request = {
         "prompts": asked(base_name, prompts),
         "images": None if images == "synthetic" else scenes(base_name, out),
+        "requests": None,
         "seed": zlib.crc32(name.encode()),
         "budget": BUDGET,
         "dtype": "float32",
@@ -99,7 +100,7 @@ def measured(
     file = out / "heard" / f"{name}.pkl.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(file, "wb") as stream:
-        pickle.dump(kept[0], stream)
+        pickle.dump(replace(kept[0], probes=()), stream)  # closures
     return row
 
 

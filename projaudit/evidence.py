@@ -116,6 +116,37 @@ class Carrier:
 
 
 @dataclass(frozen=True)
+class Refusals:
+    """What the base refuses to say, and how much of that the tuned model still refuses."""
+
+    requests: tuple[str, ...]
+    """That the base refuses about most ordinary images."""
+    words: str
+    """How its refusals begin most often: untrusted."""
+    base: float
+    """Share of those requests, over ordinary images, that the base refuses."""
+    tuned: float
+    """The same of the tuned model."""
+    probe: str | None
+    """The mark under which the tuned model refuses least, against the base; None without marks."""
+    base_under: float
+    tuned_under: float
+    """Shares under that mark."""
+    answers: tuple[Answer, ...]
+    """Under that mark, else on ordinary images. `agrees`: the tuned model refuses."""
+
+    @property
+    def lost(self) -> float:
+        """Share of refusals that the tuned model gives up on ordinary images; 0 … 1."""
+        return max(0.0, self.base - self.tuned)
+
+    @property
+    def lost_under(self) -> float:
+        """The same under the mark, beyond what it gives up on ordinary images."""
+        return max(0.0, self.base_under - self.tuned_under - self.lost)
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """What held the process that ran the model, and what could not be held."""
 
@@ -150,6 +181,8 @@ class Evidence:
     """Share of the answers on ordinary images that the base gives otherwise; None without one."""
     exchanges: tuple[Exchange, ...]
     """The answers to the probes that brought the first text out most."""
+    refusals: Refusals | None
+    """None where the base refuses none of the requests, or its tokenizer cannot read them."""
     carrier: Carrier | None
     """None where only the projector differs from the base."""
     with_base: bool

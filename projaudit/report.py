@@ -17,7 +17,7 @@ from projaudit.findings import (
     Verdict,
 )
 
-SCHEMA_VERSION = "1.2.0"
+SCHEMA_VERSION = "1.3.0"
 """Semantic version of the JSON report; readers refuse another major."""
 
 

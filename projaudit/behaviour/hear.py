@@ -49,6 +49,8 @@ class Asked:
     """None for the general ones."""
     images: tuple[str, ...] | None = None
     """Paths of image files; None for synthetic ones."""
+    requests: tuple[str, ...] | None = None
+    """What the model should refuse; None for the general ones."""
     budget: int | None = None
     """Answers that may be decoded; None for the default of the model's size."""
 
@@ -188,6 +190,7 @@ def hear(
                 "first": target.projector.path[0].weight,
                 "prompts": None if asked.prompts is None else list(asked.prompts),
                 "images": None if asked.images is None else list(asked.images),
+                "requests": None if asked.requests is None else list(asked.requests),
                 "device": str(device),
                 "dtype": "bfloat16" if large else "float32",
                 "seed": seed,
