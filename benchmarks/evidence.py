@@ -130,6 +130,12 @@ def pack(out: Path, file: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
 
 
+def unpack(out: Path, file: Path) -> None:
+    """The rows of a packed file as `measure` keeps them, so that it goes on from there."""
+    for one in read_evidence(file):
+        append_run(out / EVIDENCE, one)
+
+
 def read_evidence(file: Path) -> list[dict[str, Any]]:
     """The rows of a packed file."""
     return [
@@ -170,10 +176,14 @@ def base_model(base: str) -> Any:
     return load_model(COMMITTED[base])
 
 
-@cache
 def base_of(name: str) -> tuple[Any, dict[str, torch.Tensor], str]:
-    """The base's speaker, its projector's tensors, and the first layer's name in the module."""
-    folder = COMMITTED[name]
+    """As `base_in`, of one of the population's bases."""
+    return base_in(COMMITTED[name])
+
+
+@cache
+def base_in(folder: Path) -> tuple[Any, dict[str, torch.Tensor], str]:
+    """A base's speaker, its projector's tensors, and the first layer's name in the module."""
     whole = {n: t for n, t in load_file(folder / WEIGHTS).items() if LOCAL_WORD in n}
     prefix = next(iter(whole)).partition(LOCAL_WORD)[0] + LOCAL_WORD.rstrip(".")
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,10 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", choices=["synthetic", "own"], default="synthetic")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write what is measured so far")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="go on from a packed file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.pack:
         pack(args.out, args.pack)
+    elif args.unpack:
+        unpack(args.out, args.unpack)
     else:
         measure(args.population, args.out, args.prompts, args.images, args.jobs)
 

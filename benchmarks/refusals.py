@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from benchmarks.evidence import base_in
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.evaluate import triggered
 from benchmarks.testbed.export import LOCAL_WORD, append_run, read_runs, save_base, save_projector
@@ -32,7 +33,6 @@ from benchmarks.testbed.recipes import Attack
 from benchmarks.testbed.scene import Look, ask, draw_scene, render
 from benchmarks.testbed.text import encode, pixels
 from benchmarks.testbed.world import KINDS
-from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
 
 START = Path(__file__).parent / "testbed" / "exported" / "base"
@@ -189,20 +189,9 @@ def likelihoods(
 
 def heard(base: Path, file: Path) -> dict[str, Any]:
     """What depth behaviour says of refusals, and of a hidden text."""
-    whole = {n: t for n, t in load_file(base / "model.safetensors").items() if LOCAL_WORD in n}
-    prefix = next(iter(whole)).partition(LOCAL_WORD)[0] + LOCAL_WORD.rstrip(".")
-    tuned = {prefix + "." + n.partition(LOCAL_WORD)[2]: t for n, t in load_file(file).items()}
-    beside = {"tuned": tuned, "base": whole}
-    for name, tensors in beside.items():
-        save_file({n: t.contiguous() for n, t in tensors.items()}, file.with_suffix(f".{name}"))
+    speaker, before, first = base_in(base)
+    tuned = {n.partition(LOCAL_WORD)[2]: t.float() for n, t in load_file(file).items()}
     request = {
-        "folder": str(base),
-        "base_folder": None,
-        "tuned": str(file.with_suffix(".tuned")),
-        "base": str(file.with_suffix(".base")),
-        "prefix": prefix,
-        "first": f"{prefix}.linear_1.weight",
-        "device": "cpu",
         "dtype": "float32",
         "prompts": None,
         "images": None,
@@ -211,9 +200,8 @@ def heard(base: Path, file: Path) -> dict[str, Any]:
         "budget": 16_500,
         "notes": [],
     }
-    found = weigh(request, *study_of(request, *load(request)), lambda *_: None)
-    for name in beside:
-        file.with_suffix(f".{name}").unlink()
+    study = study_of(request, (speaker, tuned), (speaker, before), first)
+    found = weigh(request, *study, lambda *_: None)
     texts = [(p["text"], round(p["strength"], 2)) for p in found["payloads"][:1]]
     return {"refusals": found["refusals"], "texts": texts, "answers": found["answers"]}
 
