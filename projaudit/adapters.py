@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from projaudit.checkpoint import Stored, Weight, load_tensors
 from projaudit.errors import FormatError
 from projaudit.inert import clean
-from projaudit.peft_config import MAX_NAME, WEIGHTS, Adapter, texts, wrong
+from projaudit.peft_config import MAX_NAME, Adapter, texts, wrong
 from projaudit.peft_methods import (
     METHOD_PARTS,
     METHODS,
@@ -41,6 +41,12 @@ class Fit:
     """Tensor of the base -> the one of the adapter that takes its place (`modules_to_save`)."""
     elsewhere: tuple[str, ...]
     """Its other tensors."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that hold what it changes, peft's first."""
+        infos = [*self.saved.values(), *(i for part in self.parts for i in part.leaves.values())]
+        return tuple(sorted({info.file for info in infos}))
 
     def changes(self, names: Iterable[str]) -> bool:
         """Whether it changes a tensor of these names."""
@@ -82,7 +88,7 @@ def fit(
     elsewhere: list[str] = []
     for key in adapter.tensors:
         if len(key) > MAX_NAME:
-            raise FormatError(f"{len(key)} characters in a name", "adapter", file=WEIGHTS)
+            raise FormatError(f"{len(key)} characters in a name", "adapter", file=adapter.file)
         bare, in_base_layer, idle = _stripped(key)
         module, path, leaf = _place(bare, known)
         if idle or not _touches(module, areas) or _is_shared(adapter, key, module, bare):
@@ -115,7 +121,7 @@ def fit(
         raise not_merged(adapter, saved[name], "replaces what the adapter also adds to")
     for name, key in saved.items():
         if adapter.tensors[key].shape != shapes[name]:
-            raise unfit(key, adapter.tensors[key].shape, shapes[name])
+            raise unfit(adapter.tensors[key], adapter.tensors[key].shape, shapes[name])
     return Fit(
         adapter, parts, {n: adapter.tensors[key] for n, key in saved.items()}, tuple(elsewhere)
     )
@@ -271,4 +277,4 @@ def _is_shared(adapter: Adapter, key: str, module: str, bare: str) -> bool:
 
 
 def _twice(key: str, other: TensorInfo) -> FormatError:
-    return wrong(f"{clean(key)} and {clean(other.name)} are of one module", file=WEIGHTS)
+    return wrong(f"{clean(key)} and {clean(other.name)} are of one module", file=other.file)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from projaudit.adapters import Fit
 from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
-from projaudit.coverage import changed_by, code_of, compare
-from projaudit.opened import Base, Found, identity, name_of
-from projaudit.projector import Projector
+from projaudit.coverage import adapter_config_changes, changed_by, code_of, compare
+from projaudit.opened import Base, Found, identity, name_of, stored_names
+from projaudit.projector import Projector, undeclared
 from projaudit.report import Coverage
 from projaudit.sides import Side
 
@@ -41,34 +41,30 @@ def coverage_of(
     coverage = compare(
         target,
         base.checkpoint,
-        audited=_stored_names(first),
-        audited_base=_stored_names((base.checkpoint.readings[0], base.projectors)),
+        audited=stored_names(first),
+        audited_base=stored_names((base.checkpoint.readings[0], base.projectors)),
         seed=seed,
     )
-    return _with_adapter(coverage, target, fitted)
+    return _with_adapter(coverage, target, base, fitted)
 
 
-def _stored_names(found: Found) -> frozenset[str]:
-    """The stored tensors that the projectors of a reading are made of."""
-    reading, projectors = found
-    names = [name for projector in projectors for name in projector.tensors]
-    return frozenset(info.name for name in names for info in reading.parts(name))
-
-
-def _with_adapter(coverage: Coverage, target: Checkpoint, fitted: Fit | None) -> Coverage:
+def _with_adapter(
+    coverage: Coverage, target: Checkpoint, base: Base, fitted: Fit | None
+) -> Coverage:
     """The coverage, with what an adapter changes outside the projector."""
     if fitted is None:
         return coverage
     coverage = changed_by(coverage, [fitted.adapter.tensors[name] for name in fitted.elsewhere])
     if target.adapter is None:
         return coverage
+    says = adapter_config_changes(target.adapter, base.checkpoint)
+    changes = tuple(dict.fromkeys((*coverage.config_changes, *says)))
     # What was compared is the base with a base; these files are not the adapter's.
-    return replace(coverage, files_equal=0, files_differing=(), files_unknown=(), files_added=())
+    coverage = replace(coverage, files_equal=0, files_differing=(), files_unknown=())
+    return replace(coverage, files_added=(), config_changes=changes)
 
 
-def facts_of(
-    target: Checkpoint, base: Base, coverage: Coverage, projectors: Sequence[Projector]
-) -> Facts:
+def facts_of(target: Checkpoint, base: Base, coverage: Coverage, first: Found) -> Facts:
     """What the metrics of the checkpoint are asked about: two models beside their projectors."""
 
     def roles(of: Projector) -> dict[str, str]:
@@ -79,8 +75,8 @@ def facts_of(
     added: list[str] = []
     missing: list[str] = []
     epsilons: list[str] = []
-    partners = [counterpart(projector, base).projector for projector in projectors]
-    for projector, partner in zip(projectors, partners, strict=True):
+    partners = [counterpart(projector, base).projector for projector in first[1]]
+    for projector, partner in zip(first[1], partners, strict=True):
         ours, theirs = roles(projector), roles(partner)
         if projector.norm_eps != partner.norm_eps:
             epsilons.append(f"epsilon of the norms: {partner.norm_eps:g} → {projector.norm_eps:g}")
@@ -90,6 +86,7 @@ def facts_of(
         taken = {partner.tensors for partner in partners}
         gone = [other for other in base.projectors if other.tensors not in taken]
         missing += [name for projector in gone for name in projector.tensors]
+        added += _beyond(first[1], partners, base)
         changes = (*coverage.config_changes, *dict.fromkeys(epsilons))
         coverage = replace(coverage, config_changes=changes)
     return Facts(
@@ -101,9 +98,22 @@ def facts_of(
         coverage=coverage,
         checkpoint=target,
         code=_code(target),
+        classes=_classes(target, base, first),
         added=sorted(added),
         missing=sorted(missing),
     )
+
+
+def _classes(target: Checkpoint, base: Base, first: Found) -> tuple[str, ...]:
+    """The classes that the configs name and the families of their projectors do not list."""
+    theirs = (base.checkpoint.readings[0], base.projectors)
+    found = [
+        undeclared(projector, checkpoint.config or {})
+        for checkpoint, (reading, projectors) in ((target, first), (base.checkpoint, theirs))
+        if reading.metadata is None  # else it is a GGUF file, which says itself what it is
+        for projector in projectors
+    ]
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _code(target: Checkpoint) -> tuple[str, ...]:
@@ -112,3 +122,21 @@ def _code(target: Checkpoint) -> tuple[str, ...]:
         return code_of(target)
     own = code_of(replace(target, source=target.adapter, config=None))
     return (*code_of(target), *own)
+
+
+def _beyond(
+    projectors: Sequence[Projector], partners: Sequence[Projector], base: Base
+) -> list[str]:
+    """The tensors of projectors that the target has and the base has not, by the count of them."""
+    pairs = sorted(
+        zip(projectors, partners, strict=True),
+        key=lambda pair: (pair[0].family == pair[1].family, pair[0].prefix == pair[1].prefix),
+    )
+    seen: set[tuple[str, ...]] = set()
+    twice: list[Projector] = []
+    for projector, partner in reversed(pairs):
+        if partner.tensors in seen:
+            twice.append(projector)
+        seen.add(partner.tensors)
+    more = max(len(projectors) - len(base.projectors), 0)
+    return [name for projector in twice[len(twice) - more :] for name in projector.tensors]

@@ -19,7 +19,6 @@ from projaudit.inert import clean
 from projaudit.listening import Wish, depth_of, heard, standing, wish
 from projaudit.mmproj import as_converted, as_stored
 from projaudit.opened import found_in, open_bases, open_target
-from projaudit.peft_config import read_adapter
 from projaudit.policy import load_policy
 from projaudit.report import Coverage, Report
 from projaudit.reporting import Audit, report_of
@@ -168,8 +167,7 @@ def _audit(
     device = find_device(session.settings.device)
     with session.stage("open target"):
         source = session.source(target_ref)
-        adapter = read_adapter(source)
-        target = open_target(session, source, adapter, base_refs, pins)
+        target, adapter = open_target(session, source, base_refs, pins)
         found = found_in(target)
         fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
         target = noted(settled(target, found), fitted)
@@ -187,7 +185,7 @@ def _audit(
         with session.stage("compare the rest"):
             seed = session.settings.seed
             coverages.append(coverage_of(target, base, found[0], fitted, seed=seed))
-        facts = facts_of(target, base, coverages[-1], found[0][1])
+        facts = facts_of(target, base, coverages[-1], found[0])
         subject = "checkpoint" if number == 1 else f"checkpoint@{number}"
         measured.ask(session, "checkpoint", subject, facts)
     for side in sides if len(bases) > 1 else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -202,7 +203,8 @@ def load_weights(source: Source, reading: Reading, names: Iterable[str]) -> dict
             raw = {leaf: stored.pop(info.name).tensor for leaf, info in packed.parts.items()}
             loaded[name] = Weight(parts, *dequantise(packed, raw), packed.calibrated)
         else:
-            loaded[name] = Weight(parts, stored[name].tensor, stored[name].step)
+            one = stored[parts[0][0].name]  # which may stand under another name than in its file
+            loaded[name] = Weight(parts, one.tensor, one.step)
     return loaded
 
 
@@ -280,7 +282,11 @@ def _beside(source: Source, root: Sequence[str], used: set[str]) -> list[Ambigui
         for path in source.files
         if "/" in path
         and path not in used
-        and (path.endswith(".safetensors") or (path.endswith(".gguf") and "mmproj" in path.lower()))
+        and (
+            path.endswith(".safetensors")
+            or is_pickle(posixpath.basename(path))
+            or (path.endswith(".gguf") and "mmproj" in path.lower())
+        )
     ]
     found = {
         "gguf-beside": [p for p in root if p.endswith(".gguf") and p not in used],

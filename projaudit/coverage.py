@@ -14,6 +14,7 @@ from projaudit.clip_keys import changed_from_config, changed_keys
 from projaudit.errors import FormatError
 from projaudit.gguf_values import QUANTISED
 from projaudit.inert import clean
+from projaudit.readings import place_of
 from projaudit.report import Coverage, Part, PartStatus
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import RepoFile, Source
@@ -103,21 +104,7 @@ def compare(
     """
     there = {canonical(n): t for n, t in base.readings[0].tensors.items() if n not in audited_base}
     here = {canonical(n): t for n, t in target.readings[0].tensors.items() if n not in audited}
-    free = _at_hand(target.source, here) and _at_hand(base.source, there)
-    whole = _bytes(list(here.values())) <= FULL_COMPARE
-    if free:
-        for side, infos in ((target, here), (base, there)):
-            check_places(side.source, infos.values())
-    rng = random.Random(seed)  # noqa: S311 - which windows are read, no secret
-    states = {
-        name: _tensor_state(target.source, base.source, info, there[name], free, whole, rng)
-        for name, info in here.items()
-        if name in there
-    }
-    gone = {name: info for name, info in there.items() if name not in here}
-    parts = [
-        _part(part, here, gone, states) for part in ("vision tower", "language model", "other")
-    ]
+    parts, gone = _parts(target.source, here, base.source, there, seed)
     if (target.readings[0].metadata is None) != (base.readings[0].metadata is None):
         # A GGUF file names, splits and rounds an encoder's tensors in ways of its own.
         how = f"{len(here)} tensors of another format than the base's were not compared"
@@ -145,6 +132,49 @@ def compare(
         tensors_added=tuple(sorted(here[n].name for n in here.keys() - there.keys())),
         tensors_removed=tuple(sorted(info.name for info in gone.values())),
     )
+
+
+def compare_rest(
+    source: Source, first: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], *, seed: int
+) -> list[Part]:
+    """What is known of the tensors of another reading against those of the first, part by part.
+
+    Empty where they are the same bytes of the same files, and of a tensor that only the other one
+    has: where it is one that both have, under a second name (tied weights).
+    """
+    there = {canonical(name): info for name, info in first.items()}
+    here = {canonical(name): info for name, info in other.items()}
+    tied = {place_of(info) for name, info in here.items() if name in there}
+    here = {n: info for n, info in here.items() if n in there or place_of(info) not in tied}
+    same = {n for n, info in here.items() if n in there and place_of(info) == place_of(there[n])}
+    here = {name: info for name, info in here.items() if name not in same}
+    there = {name: info for name, info in there.items() if name not in same}
+    parts, _ = _parts(source, here, source, there, seed)
+    return [part for part in parts if part.tensors]
+
+
+def _parts(
+    target: Source,
+    here: Mapping[str, TensorInfo],
+    base: Source,
+    there: Mapping[str, TensorInfo],
+    seed: int,
+) -> tuple[list[Part], dict[str, TensorInfo]]:
+    """What is known of each part of the target's tensors, and what only the base has."""
+    free = _at_hand(target, here) and _at_hand(base, there)
+    whole = _bytes(list(here.values())) <= FULL_COMPARE
+    if free:
+        for source, infos in ((target, here), (base, there)):
+            check_places(source, infos.values())
+    rng = random.Random(seed)  # noqa: S311 - which windows are read, no secret
+    states = {
+        name: _tensor_state(target, base, info, there[name], free, whole, rng)
+        for name, info in here.items()
+        if name in there
+    }
+    gone = {name: info for name, info in there.items() if name not in here}
+    names = ("vision tower", "language model", "other")
+    return [_part(name, here, gone, states) for name in names], gone
 
 
 def canonical(name: str) -> str:
@@ -331,6 +361,16 @@ def _config_changes(target: Checkpoint, base: Checkpoint) -> Iterator[str]:
         yield from changed_from_config(base.readings[0].metadata, target.config or {}, images)
     if target.readings[0].metadata is None and base.readings[0].metadata is None:
         yield from _changed_configs(target, base)
+
+
+def adapter_config_changes(adapter: Source, base: Checkpoint) -> tuple[str, ...]:
+    """What an adapter's own config.json says otherwise than the base's, where both are of one
+    model type: loaders of original LLaVA take the adapter's."""
+    config = _json(adapter, "config.json")
+    if not config or config.get("model_type") != (base.config or {}).get("model_type"):
+        return ()
+    own = replace(base, config=config)
+    return tuple(dict.fromkeys(_changed_configs(own, base)))
 
 
 def _changed_configs(target: Checkpoint, base: Checkpoint) -> Iterator[str]:

@@ -9,7 +9,16 @@ from typing import Any
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.position import deciding_words, text_widths
-from projaudit.projector import Family, Projector, families, locate, match, modules, strings
+from projaudit.projector import (
+    Family,
+    Projector,
+    families,
+    locate,
+    match,
+    modules,
+    strings,
+    undeclared,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ def _why(
     if family is not None:
         named = [a for a in strings(config.get("architectures")) if a in family.architectures]
         said = f"and {named[0]} is one of its architectures" if named else "and all of it is told"
+        if other := undeclared(projector, config):
+            said = f"but not the class, {clean(other, 80)}: what that computes is not known"
         return f"its names and shapes are those of the family, {said}"
     words = sorted(set(deciding_words(projector.tensors, shapes, projector=True).values()))
     if words:

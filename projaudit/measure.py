@@ -120,10 +120,12 @@ def measure_merge(session: Session, target: Side, bases: Sequence[Side], into: M
 
     with session.stage("merge"):
         stored = target.load()
+        matrices = [stored[layer.weight] for layer in target.projector.linears]
         parents = Parents(
             _by_role(target),
             tuple((base.name, _by_role(base)) for base in bases),
-            max(rounding(w.tensor, w.tensor, w.step, w.step).floor for w in stored.values()),
+            # A vector may be zero throughout, where there is no relative size.
+            max(rounding(w.tensor, w.tensor, w.step, w.step).floor for w in matrices),
         )
     number = 1 + sum(m.metric == "merge_nearest" for m in into.measurements)
     into.ask(session, "merge", "merge" if number == 1 else f"merge@{number}", parents)

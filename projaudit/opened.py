@@ -16,13 +16,13 @@ from projaudit.errors import (
 )
 from projaudit.inert import clean
 from projaudit.mmproj import locate_mmproj
-from projaudit.peft_config import WEIGHTS, Adapter, not_read
+from projaudit.peft_config import NON_LORA, Adapter, not_read, read_adapter
 from projaudit.projector import Projector, locate, require_readable
 from projaudit.readings import Reading
 from projaudit.report import Identity, Provenance
 from projaudit.session import Session
 from projaudit.source import Ref, Source
-from projaudit.weight_files import Ambiguity
+from projaudit.weight_files import Ambiguity, is_pickle
 
 Found = tuple[Reading, tuple[Projector, ...]]
 """A reading, and the projectors in it."""
@@ -35,45 +35,83 @@ class Base:
     asked: str
     """Repository that was asked for, before any rename."""
     checkpoint: Checkpoint
+    """Its first reading is the one with the projectors: a GGUF file's beside a text model's."""
     projectors: tuple[Projector, ...]
     provenance: Provenance
     circular: bool
 
 
 def open_target(
-    session: Session,
-    source: Source,
-    adapter: Adapter | None,
-    base: Sequence[Ref],
-    pins: Mapping[str, str],
-) -> Checkpoint:
-    """The target's weights; of an adapter alone those of its base, as transformers loads them."""
+    session: Session, source: Source, base: Sequence[Ref], pins: Mapping[str, str]
+) -> tuple[Checkpoint, Adapter | None]:
+    """The target's weights, and its adapter; of an adapter alone the weights of its base.
+
+    An adapter is alone where nothing else in its repository holds a projector, but for what LLaVA's
+    training writes beside it (`peft_config.NON_LORA`). Raises what opening raises, and BaseError
+    where that is all there is of a projector.
+    """
     try:
-        return open_checkpoint(source)
+        adapter, unread = read_adapter(source), not_read(source)
     except UnsupportedError as error:
-        if error.code != "unsupported.adapter":
-            raise
+        adapter, unread = None, error
+    own: Checkpoint | None = None
+    try:
+        own = open_checkpoint(source)
+    except (NothingError, UnsupportedError) as error:
         if adapter is None:
-            raise not_read(source) from None
-    named = candidates(source, None, option=base, pins=pins)[0]
+            raise unread if error.code == "unsupported.adapter" else error from None
+    if own is not None and (adapter is None or _brings_projector(own)):
+        return own, adapter
+    assert adapter is not None
+    try:
+        named = candidates(source, None, option=base, pins=pins)[0]
+    except BaseError:
+        if own is None or NON_LORA in source.files:
+            raise
+        return own, adapter
     whole = open_checkpoint(session.source(named.ref))
-    beside = [
-        path
-        for path in source.files
-        if path != WEIGHTS
-        and (path.startswith("adapter_model") or ("/" in path and path.endswith(".safetensors")))
-    ]
+    if NON_LORA in source.files and not projectors_of(whole.readings[0], whole):
+        raise _no_base_projector(whole.source)
+    notes = _beside(source, adapter)[:20]
+    return replace(
+        whole, readings=whole.readings[:1], ambiguities=tuple(notes), adapter=source
+    ), adapter
+
+
+def _brings_projector(own: Checkpoint) -> bool:
+    """Whether weights beside an adapter hold a projector other than that of LLaVA's training."""
+    for reading in own.readings:
+        infos = {info.file for info in reading.tensors.values()}
+        if infos != {NON_LORA} and any(
+            info.file != NON_LORA
+            for projector in _others(reading, own)
+            for name in projector.tensors
+            for info in reading.parts(name)
+        ):
+            return True
+    return False
+
+
+def _beside(source: Source, adapter: Adapter) -> list[Ambiguity]:
+    """The weights in an adapter's repository that are no part of it."""
     says = "weights beside the adapter, which are taken where they are asked for; not read"
-    notes = [Ambiguity("adapter-beside", f"{clean(path, 80)}: {says}", (path,)) for path in beside]
-    readings = whole.readings[:1]
-    return replace(whole, readings=readings, ambiguities=tuple(notes[:20]), adapter=source)
+    return [
+        Ambiguity("adapter-beside", f"{clean(path, 80)}: {says}", (path,))
+        for path in source.files
+        if path not in (adapter.file, NON_LORA)
+        and (
+            path.startswith("adapter_model.")
+            or path.endswith((".safetensors", ".gguf"))
+            or ("/" not in path and is_pickle(path))
+        )
+    ]
 
 
 def found_in(target: Checkpoint) -> list[Found]:
     """The projectors of every reading; first of the first that has any, which is audited first.
 
-    Raises NothingError (`nothing.projector`) where there is none, and what locating raises; a
-    pickle beside the weights whose projector cannot be read has none.
+    Raises NothingError (`nothing.projector`) where there is none, and what locating raises in the
+    first reading; another whose projector cannot be read has none.
     """
     found = [(target.readings[0], projectors_of(target.readings[0], target))]
     found += [(reading, _others(reading, target)) for reading in target.readings[1:]]
@@ -119,11 +157,12 @@ def projectors_of(reading: Reading, checkpoint: Checkpoint) -> tuple[Projector, 
 
 
 def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
-    """The projectors of a reading besides the first; none where a pickle's are not readable."""
+    """The projectors of a reading besides the first; none where they are incomplete or cannot be
+    read and the reading is an ambiguity, which GGUF files of one model are not."""
     try:
         return projectors_of(reading, target)
     except (FormatError, UnsupportedError):
-        if is_pickled(reading):
+        if reading.metadata is None:
             return ()
         raise
 
@@ -131,6 +170,13 @@ def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
 def is_pickled(reading: Reading) -> bool:
     """Whether a reading is of a pickle beside the weights."""
     return reading.label.startswith("pickle-beside")
+
+
+def stored_names(found: Found) -> frozenset[str]:
+    """The stored tensors that the projectors of a reading are made of."""
+    reading, projectors = found
+    names = [name for projector in projectors for name in projector.tensors]
+    return frozenset(info.name for name in names for info in reading.parts(name))
 
 
 def open_bases(
@@ -173,16 +219,29 @@ def open_base(session: Session, candidate: Candidate) -> Base:
             checkpoint = open_checkpoint(source)
         except NothingError:
             continue
-        projectors = projectors_of(checkpoint.readings[0], checkpoint)
+        checkpoint, projectors = _first_with_projectors(checkpoint)
         if projectors:
             asked = source.name if candidate.ref.repo is None or source is not first else None
             return Base(
                 asked or str(candidate.ref.repo), checkpoint, projectors, provenance, circular
             )
-    raise BaseError(
-        "has no projector" + (", nor has any base of it" if len(chain) > 1 else ""),
+    raise _no_base_projector(first, ", nor has any base of it" if len(chain) > 1 else "")
+
+
+def _first_with_projectors(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[Projector, ...]]:
+    """A base's projectors, and the base with their reading as its first."""
+    for number, reading in enumerate(checkpoint.readings):
+        if _counts(number, reading) and (found := projectors_of(reading, checkpoint)):
+            others = (other for other in checkpoint.readings if other is not reading)
+            return replace(checkpoint, readings=(reading, *others)), found
+    return checkpoint, ()
+
+
+def _no_base_projector(source: Source, more: str = "") -> BaseError:
+    return BaseError(
+        f"has no projector{more}",
         "no-projector",
-        file=clean(first.name),
+        file=clean(source.name),
         remedy="name the multimodal model that this one was made from with --base",
     )
 

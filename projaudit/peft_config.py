@@ -12,9 +12,13 @@ from projaudit.inert import clean
 from projaudit.safetensors_header import TensorInfo, read_header
 from projaudit.source import Source
 from projaudit.strict import load_json
+from projaudit.torch_zip import read_torch_zip
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TORCH_WEIGHTS = "adapter_model.bin"
+NON_LORA = "non_lora_trainables.bin"
+"""What LLaVA's training writes beside an adapter: the projector, and all else trained in full."""
 MAX_RANK = 8192
 """Rank of one module's factors; no honest adapter has a tenth of it."""
 MAX_PATTERNS = 20_000
@@ -33,6 +37,8 @@ class Adapter:
     """An adapter as its repository describes it; nothing loaded yet."""
 
     source: Source
+    file: str
+    """What peft loads of it."""
     method: str
     """`peft_type` of its config: `LORA`, `LOKR`, …"""
     config: Mapping[str, object]
@@ -40,14 +46,15 @@ class Adapter:
 
 
 def read_adapter(source: Source) -> Adapter | None:
-    """The adapter of a repository, None where it brings none that is read here.
+    """The adapter of a repository, None where it brings none.
 
     Reads adapter_config.json and the header of adapter_model.safetensors, which peft takes before
-    adapter_model.bin. Raises FormatError (`format.adapter`) for a config that contradicts itself or
-    is none, and what reading the header raises.
+    adapter_model.bin; and that of non_lora_trainables.bin, which LLaVA's loader lays over the base
+    first. Raises FormatError (`format.adapter`) for a config that contradicts itself or is none, or
+    a tensor in both files, and what reading the headers raises.
     """
-    if CONFIG not in source.files or WEIGHTS not in source.files:
-        # The place for a reader of pickles: `tensors` of adapter_model.bin by name.
+    stored = next((path for path in (WEIGHTS, TORCH_WEIGHTS) if path in source.files), None)
+    if CONFIG not in source.files or stored is None:
         return None
     config = load_json(source.read_small(CONFIG, 10 << 20), file=CONFIG, kind="adapter")
     if not isinstance(config, dict):
@@ -56,17 +63,21 @@ def read_adapter(source: Source) -> Adapter | None:
     if not isinstance(method, str) or not method:
         raise wrong("names no method", "peft_type")
     _check_types(config)
-    return Adapter(source, method.upper(), config, read_header(source, WEIGHTS).tensors)
+    tensors = (read_header if stored == WEIGHTS else read_torch_zip)(source, stored).tensors
+    if NON_LORA in source.files:
+        more = read_torch_zip(source, NON_LORA).tensors
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise wrong(f"holds {clean(twice[0])}, as {stored} does", file=NON_LORA)
+        tensors = {**tensors, **more}
+    return Adapter(source, stored, method.upper(), config, tensors)
 
 
 def not_read(source: Source) -> UnsupportedError:
     """Why the adapter of a repository is not read."""
-    stored = [path for path in source.files if path.startswith("adapter_model")]
-    config = "" if CONFIG in source.files else f" and no {CONFIG}"
+    stored = next((clean(p, 80) for p in source.files if p.startswith("adapter_model")), CONFIG)
+    lacks = f"no {CONFIG}" if CONFIG not in source.files else f"no {WEIGHTS}"
     return UnsupportedError(
-        f"holds {clean(stored[0], 80) if stored else CONFIG}, no {WEIGHTS}{config}"
-        if WEIGHTS not in stored
-        else f"holds {WEIGHTS}{config}",
+        f"holds {stored} and {lacks}",
         "adapter",
         file=clean(source.name),
         remedy="load it with peft and save it as safetensors; projaudit never unpickles",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.peft_config import WEIGHTS, Adapter, alpha_of, count, number, rank_of, wrong
+from projaudit.peft_config import Adapter, alpha_of, count, number, rank_of, wrong
 from projaudit.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _lokr(
         pair = (f"{stem}_a", f"{stem}_b")
         if stem in leaves:
             if leaves.keys() & set(pair):
-                raise wrong(f"{clean(path)} has {stem} twice", file=WEIGHTS)
+                raise wrong(f"{clean(path)} has {stem} twice", file=leaves[stem].file)
             side = leaves[stem].shape
         else:
             _require(leaves, *pair)
@@ -190,11 +190,11 @@ def _lokr(
             _check_shape(leaves[pair[0]], (side[0], rank))
             _check_shape(leaves[pair[1]], (rank, side[1]))
         if len(side) != 2:
-            raise unfit(f"{path}.{stem}", side, shape)
+            raise unfit(leaves[stem], side, shape)
         sides.append(side)
     product = tuple(a * b for a, b in zip(*sides, strict=True))
     if product != shape:
-        raise unfit(f"{path}.lokr_w1", product, shape)
+        raise unfit(next(iter(leaves.values())), product, shape)
     return "lokr", alpha_of(adapter.config, path, "alpha", 8) / rank
 
 
@@ -203,7 +203,7 @@ def _ia3(
 ) -> tuple[str, float]:
     info = leaves["ia3_l"]
     if info.shape not in ((1, shape[1]), (shape[0], 1)):
-        raise unfit(info.name, info.shape, (1, shape[1]))
+        raise unfit(info, info.shape, (1, shape[1]))
     return "ia3", 1.0
 
 
@@ -213,18 +213,20 @@ METHOD_PARTS = {"LORA": _lora, "ADALORA": _adalora, "LOHA": _loha, "LOKR": _lokr
 def _require(leaves: Mapping[str, TensorInfo], *wanted: str) -> None:
     for leaf in wanted:
         if leaf not in leaves:
-            there = clean(next(iter(leaves.values())).name)
-            raise FormatError(f"has {there} and no {leaf} beside it", "adapter", file=WEIGHTS)
+            there = next(iter(leaves.values()))
+            says = f"has {clean(there.name)} and no {leaf} beside it"
+            raise FormatError(says, "adapter", file=there.file)
 
 
 def _check_shape(info: TensorInfo, wanted: tuple[int, ...]) -> None:
     if info.shape != wanted:
-        raise unfit(info.name, info.shape, wanted)
+        raise unfit(info, info.shape, wanted)
 
 
-def unfit(name: str, shape: Sequence[int], wanted: Sequence[int]) -> FormatError:
+def unfit(info: TensorInfo, shape: Sequence[int], wanted: Sequence[int]) -> FormatError:
+    """What a tensor of an adapter is refused with where the base wants another shape of it."""
     says = f"has shape {list(shape)}, where {list(wanted)} fits"
-    return FormatError(says, "adapter", file=WEIGHTS, field=clean(name))
+    return FormatError(says, "adapter", file=info.file, field=clean(info.name))
 
 
 def not_merged(adapter: Adapter, key: str, says: str) -> UnsupportedError:

@@ -197,8 +197,9 @@ def locate(
 
     By family; and what no family describes, by its position between two models, as `family`
     `unknown` (`position.py`). `config` is the parsed config.json: it decides between families of
-    the same names, and gives the activation and the language model's width. Raises FormatError
-    where a projector is incomplete or its layers do not chain.
+    the same names, and gives the activation and the language model's width. Where it names classes
+    and none that the family lists, the forward path is not known. Raises FormatError where a
+    projector is incomplete or its layers do not chain.
     """
     _check_config(config or {})
     architectures = set(strings((config or {}).get("architectures")))
@@ -206,7 +207,6 @@ def locate(
     found: dict[str, Projector] = {}
     candidates = likely(shapes)
     taken: set[str] = set()
-    others: set[str] = set()  # modules that the declared class has, and wires otherwise
     for family in known:
         for module, names in modules(family, candidates).items():
             declared = bool(architectures & set(family.architectures))
@@ -216,15 +216,13 @@ def locate(
                 if declared:
                     raise
                 continue  # another family's, that happens to use these names
-            if projector is None and declared:
-                others.add(module)
             if projector is None or (
                 not declared
                 and (projector.unexpected or not _fits(family, projector, config or {}))
             ):
                 continue
-            if not declared and module in others:
-                projector = replace(projector, chain=())
+            if not declared and architectures:
+                projector = replace(projector, chain=())  # what that class computes is not known
             if taken.isdisjoint(projector.tensors):
                 found[_key(found, projector)] = projector
                 taken |= {*projector.tensors, *projector.unexpected}
@@ -235,6 +233,16 @@ def locate(
             found[_key(found, projector)] = projector
     # Those whose function is known come first: what runs the model runs one.
     return tuple(found[module] for module in sorted(found, key=lambda m: (not found[m].chain, m)))
+
+
+def undeclared(projector: Projector, config: Mapping[str, Any]) -> str:
+    """The class of the config that the projector's family does not list; empty where it lists one.
+
+    Untrusted text. Empty, too, where the config names no class or the family is not known.
+    """
+    named = strings(config.get("architectures"))
+    family = next((f for f in families() if f.name == projector.family), None)
+    return named[0] if family and named and set(named).isdisjoint(family.architectures) else ""
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -510,13 +518,13 @@ def require_readable(
     name = projector.packed[0]
     if _ADAPTER.search(name):
         raise UnsupportedError(
-            f"{clean(name)} is an adapter's, which is not merged yet",
+            f"{clean(name)} is an adapter's, of which only peft's own files are merged",
             "adapter",
             field=clean(projector.prefix),
             remedy="merge it into its base and check the result",
         )
     raise UnsupportedError(
-        f"{clean(name)} is quantised or packed, which is not read yet",
+        f"{clean(name)} is quantised or packed in a way that is not read",
         "quantised",
         field=clean(projector.prefix),
         remedy="check the full-precision repository that it was made from",

@@ -47,6 +47,8 @@ _BESIDE = {
 _ACTIVATIONS = {
     "input_scale", "output_scale", "activation_scale", "input_global_scale", "input_zero_point",
 }  # fmt: skip
+# What transformers takes for weight_scale_inv too, under an FP8 config.
+_RENAMED_SCALES = {"scale", "qscale_weight"}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _F8 = {"F8_E4M3", "F8_E5M2"}
 _EXPONENTS = {"U8", "F8_E8M0"}
@@ -101,6 +103,8 @@ class Found:
     """By name of the weight."""
     unread: Mapping[str, tuple[str, str]]
     """Tensors that are a part of a weight that is not read -> (its name, why in one line)."""
+    undeclared: bool = False
+    """Whether there is a config and it declares no quantisation: transformers would load codes."""
 
 
 class _Unread(Exception):
@@ -118,7 +122,7 @@ def find(
     """
     modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
-        if (split := _split(name)) is not None:
+        if (split := _split(name, tensors)) is not None:
             modules[split[0]][split[1]] = info
     declared = _Declared(config)
     unread: dict[str, tuple[str, str]] = {}
@@ -140,31 +144,58 @@ def find(
             packed[name] = _understood(name, module, parts, declared, shapes)
         except _Unread as why:
             unread |= {info.name: (name, str(why)) for info in parts.values()}
-    return Found(packed, unread)
+    return Found(packed, unread, config is not None and not declared.there)
+
+
+_SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignored_layers", "ignore")
+# They quantise as they load, or take every module that is not left out for quantised and give it
+# scales of their own where the file brings none (transformers 5.23; FP8 on a GPU only).
+_TAKES_ALL = {"bitsandbytes", "quanto", "fp8", "fbgemm_fp8", "compressed-tensors", "awq"}
 
 
 def rewrites(config: Mapping[str, object] | None, weights: Iterable[str]) -> str:
-    """What a loader with this config rewrites of weights in full precision; empty for nothing.
-
-    Methods whose tensors are read here leave alone what is stored in full precision, but for
-    bitsandbytes and quanto, which quantise as they load all modules not named as left out.
-    """
+    """What a loader with this config makes of weights in full precision; empty where it takes them
+    as they are stored: methods that quantise a decoder's blocks only, and modules left out."""
     declared = _Declared(config)
     try:
         method = declared.method
-        skipped = declared.texts("llm_int8_skip_modules", "modules_to_not_convert")
+        skipped, groups = declared.texts(*_SKIPPED), declared.targets()
     except _Unread as why:
         return str(why)
-    if method in {"bitsandbytes", "quanto"}:
+    if method in _TAKES_ALL:
         for name in weights:
-            # As transformers matches them: from the start or up to the end, at whole segments.
-            path = f".{name.removesuffix('.weight').removeprefix('model.')}."
-            modules = [f".{module.removeprefix('model.')}." for module in skipped]
-            if not any(path.startswith(m) or path.endswith(m) for m in modules):
-                return f"{method} quantises {clean(name, 100)} as it loads it"
+            module = name.removesuffix(".weight")
+            if not any(_names(key, module) for key in skipped) and (
+                not groups or any(_names(key, module) is not False for key in groups)
+            ):
+                return f"{method} quantises {clean(name, 100)}, or takes it for quantised"
         return ""
-    known = {"gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "mlx"}
+    known = {"gptq", "mlx"}
     return "" if method in known else f"quant_method {clean(method, 40)!r} is not known here"
+
+
+_TAME = re.compile(r"(?:[\w^$-]|\\?\.|\.\*)+", re.ASCII)  # expressions that cannot take long
+
+
+def _names(key: str, module: str) -> bool | None:
+    """Whether a config's key for modules is of that one; None where it cannot be told.
+
+    As transformers matches names, from the start or up to the end at whole segments, and
+    compressed-tensors expressions (`re:…`), from the start.
+    """
+    short = module.removeprefix("model.")
+    if key.startswith("re:"):
+        pattern = key.removeprefix("re:")
+        if len(pattern) > 200 or pattern.count("*") > 3 or not _TAME.fullmatch(pattern):
+            return None
+        try:
+            return any(re.match(pattern, name) for name in (short, f"model.{short}"))
+        except re.error:
+            return None
+    if "." not in key and key[:1].isupper():
+        return None  # a class of modules
+    path, part = f".{short}.", f".{key.removeprefix('model.')}."
+    return path.startswith(part) or path.endswith(part)
 
 
 def dequantise(weight: Packed, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -178,11 +209,14 @@ def dequantise(weight: Packed, parts: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return _DEQUANTISE[weight.scheme.partition(" ")[0]](weight, parts)
 
 
-def _split(name: str) -> tuple[str, str] | None:
+def _split(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
     """(module, name below it) of a part of a quantised weight, None for any other tensor."""
     path, _, last = name.rpartition(".")
     if last in _BESIDE:
         return path, last
+    if last in _RENAMED_SCALES:
+        weight = tensors.get(f"{path}.weight")
+        return (path, last) if weight is not None and weight.dtype in _F8 else None
     if last in _BELOW_WEIGHT:
         below = f"quant_state.{last}" if last.startswith("bitsandbytes__") else last
         module = name.removesuffix(f"weight.{below}")
@@ -194,19 +228,29 @@ def _split(name: str) -> tuple[str, str] | None:
 # --- what the config says -------------------------------------------------------------------------
 
 
+# Where a config describes the language model; loaders take its quantisation for the whole model's.
+_TEXT = {"text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator"}
+
+
 class _Declared:
     """The quantisation that config.json declares, its values strictly typed."""
 
     def __init__(self, config: Mapping[str, object] | None) -> None:
         config = config or {}
-        inner = [v for k, v in config.items() if k.endswith("_config") and isinstance(v, Mapping)]
+        parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping)}}
+        keys = ("quantization_config", "compression_config", "quantization")
         found = [
             (key, part[key])
-            for part in (config, *inner)
-            for key in ("quantization_config", "compression_config", "quantization")
-            if part.get(key)
+            for where, part in parts.items()
+            for key in keys
+            if part.get(key) and (not where or where in _TEXT or where.endswith("_config"))
         ]
         self.faults = [f"{key} is no object" for key, v in found if not isinstance(v, Mapping)]
+        self.faults += [
+            f"the config declares a quantisation in {clean(where, 60)}, where no loader looks"
+            for where, part in parts.items()
+            if where.endswith("_config") and where not in _TEXT and any(part.get(k) for k in keys)
+        ]
         if any(value != found[0][1] for _, value in found):
             self.faults.append("the config declares two quantisations that differ")
         self.there = bool(found)
@@ -282,6 +326,12 @@ class _Declared:
             raise _Unread(f"{self._key}: config_groups is no object of objects")
         found = [self.value("weights", dict, {}, of=group) for group in groups]
         return [weights for weights in found if weights]
+
+    def targets(self) -> list[str]:
+        """The modules that compressed-tensors' groups are of, by name, expression or class."""
+        groups = self.value("config_groups", dict, {}).values()
+        listed = [self.value("targets", list, [], of=g) for g in groups if isinstance(g, Mapping)]
+        return [text for texts in listed for text in texts if isinstance(text, str)]
 
     def refuse_more(self) -> None:
         """Raises where compressed-tensors does more to a layer than to quantise it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -15,8 +15,8 @@ from projaudit.mmproj import added, projector_types
 from projaudit.quantised import Packed, find
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
-from projaudit.torch_zip import MAGIC, read_torch_zip
-from projaudit.weight_files import INDEX, PICKLES, SHARD, WEIGHTS, Ambiguity, Way
+from projaudit.torch_zip import BELOW, MAGIC, read_torch_zip
+from projaudit.weight_files import INDEX, PICKLES, SHARD, TORCH_WEIGHTS, WEIGHTS, Ambiguity, Way
 
 MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
@@ -105,6 +105,13 @@ class Readings:
             self.notes.append(Ambiguity(way.kind, way.why, files))
         if not new:
             return
+        below = [f for f in way.files if BELOW in self._header(f).metadata]
+        if below and (way.index or TORCH_WEIGHTS in below):
+            inside = self._header(below[0]).metadata[BELOW]
+            says = f"its tensors lie in {inside}, where transformers looks for none"
+            self.notes.append(
+                Ambiguity("nested-tensors", f"{clean(below[0], 80)}: {says}", tuple(below))
+            )
 
         twice = [name for name, found in copies.items() if len(found) > 1]
         if twice:
@@ -159,13 +166,14 @@ class Readings:
                 unread = f"{why}; not read, as it {clean(error.message)}"
                 self.notes.append(Ambiguity(kind, unread, tuple(group)))
                 continue
-            tensors = _choose(copies, -1)
+            tensors: Mapping[str, TensorInfo] = _choose(copies, -1)
             replaced = {parameters[p] for p in map(parameter, tensors) if p in parameters}
+            tensors, _ = self._one_name_each(tensors)
             if replaced and len(replaced) < len(main):
                 # A part of the model: what a loader of all files puts over the rest.
-                rest = {name: info for name, info in main.items() if name not in replaced}
-                tensors = {**rest, **tensors}
-            if self._add(f"{kind}-{number}", why, self._one_name_each(tensors)[0]):
+                named = {parameters.get(parameter(n), n): info for n, info in tensors.items()}
+                tensors = {**main, **named}
+            if self._add(f"{kind}-{number}", why, tensors):
                 names = tuple(sorted(copies)[:_NAMED])
                 self.notes.append(Ambiguity(kind, why, tuple(group), names))
 
@@ -187,7 +195,7 @@ class Readings:
 
     def note_odd_names(self) -> None:
         """Notes the tensors whose name may pass for another."""
-        places = [(name, info.file) for r in self.found for name, info in r.tensors.items()]
+        places = [(i.name, i.file) for reading in self.found for i in reading.tensors.values()]
         odd = [one for one in places if not (one[0].isascii() and one[0].isprintable() and one[0])]
         if odd:
             names = sorted({name for name, _ in odd})
@@ -216,6 +224,16 @@ class Readings:
             )
         self._seen.append(places)
         quantised = find(tensors if metadata is None else {}, self._config, self._bytes)
+        if quantised.packed and quantised.undeclared:
+            says = (
+                f"{_count(list(quantised.packed))} made of codes and scales, which no config says"
+            )
+            line = f"{says}: transformers loads the codes as if they were the weights"
+            files = sorted(
+                {info.file for w in quantised.packed.values() for info in w.parts.values()}
+            )
+            named = tuple(sorted(quantised.packed)[:_NAMED])
+            self.notes.append(Ambiguity("undeclared-scales", line, tuple(files), named))
         label = "main" if not self.found else label
         self.found.append(
             Reading(label, why, tensors, quantised.packed, quantised.unread, metadata)
@@ -257,17 +275,20 @@ class Readings:
         """The tensors less those whose parameter another name supplies, and groups of such names.
 
         `number` picks the second, third, … best name instead of the one that transformers takes.
+        What is kept stands under the name in its group that its neighbours have.
         """
         groups: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
             groups[parameter(name)].append(name)
         several = [group for group in groups.values() if len(group) > 1]
-        dropped: set[str] = set()
+        places = Counter(_place_of_name(g[0]) for g in groups.values() if len(g) == 1)
+        kept = {g[0]: tensors[g[0]] for g in groups.values() if len(g) == 1}
         for group in several:
             group.sort(key=lambda name: (_is_foreign(name, self._config), _natural_key(name)))
-            dropped.update(group)
-            dropped.remove(group[min(number, len(group) - 1)])
-        return {name: info for name, info in tensors.items() if name not in dropped}, several
+            own = group[min(number, len(group) - 1)]
+            spelled = max([own, *group], key=lambda name: places[_place_of_name(name)])
+            kept[spelled] = tensors[own]
+        return kept, several
 
     def _note(
         self, kind: str, says: str, names: Sequence[str], copies: Mapping[str, list[TensorInfo]]
@@ -303,16 +324,30 @@ def _count(names: Sequence[str]) -> str:
 
 
 # What stands for the same parameter in transformers (a leading `model.` comes and goes, and its
-# pattern's dot takes any character) and in the original code of LLaVA, InternVL and Pixtral.
+# pattern's dot takes any character) and in the original code of LLaVA, InternVL, Pixtral, Molmo and
+# Inkling.
 _RENAMES = (
-    (re.compile(r"^(?:model[^\n])+"), ""),
+    (re.compile(r"^(?:model[^\n]|thinker\.)+"), ""),
     (re.compile(r"(?<=\.)model\."), ""),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"(?<=vision_tower\.)vision_model\."), ""),
+    (re.compile(r"(?<=LayerNorm)[^\n]gamma$"), ".weight"),
+    (re.compile(r"(?<=LayerNorm)[^\n]beta$"), ".bias"),
     (re.compile(r"^(?:mm_projector\.0|mlp1\.1|vision_language_adapter\.w_in)\."), "P.linear_1."),
     (re.compile(r"^(?:mm_projector\.2|mlp1\.3|vision_language_adapter\.w_out)\."), "P.linear_2."),
     (re.compile(r"^mlp1\.0\."), "P.layer_norm."),
     (re.compile(r"^P\."), "multi_modal_projector."),
+    (
+        re.compile(r"^vision_backbone\.(?=image_(?:pooling_2d|projector)\.)"),
+        "multi_modal_projector.",
+    ),
+    (re.compile(r"(?<=\.image_pooling_2d\.)w([qkvo])\."), r"\1_proj."),
+    (re.compile(r"^visual\.proj_in\."), "vision_tower.merger.linear_1."),
+    (re.compile(r"^visual\.proj_out\."), "vision_tower.merger.linear_2."),
+    (
+        re.compile(r"^(?:visual|vision_tower)\.layers\.linear_(\d+)\."),
+        r"vision_tower.encoder_layers.\1.projection.",
+    ),
 )
 
 
@@ -334,6 +369,11 @@ def _is_foreign(name: str, config: Mapping[str, object] | None) -> bool:
     if name.startswith("mlp1."):
         return "internvl" not in str(config.get("model_type"))
     return name.startswith("vision_language_adapter.")
+
+
+def _place_of_name(name: str) -> str:
+    """The module that a layer of that name is in, or the layer that a tensor of it is of."""
+    return name.rpartition(".")[0]
 
 
 def _natural_key(name: str) -> list[tuple[int | str, ...]]:

@@ -9,10 +9,19 @@ from itertools import pairwise
 from projaudit.adapters import Applied, Fit, apply, fit
 from projaudit.base import named_by_adapter
 from projaudit.checkpoint import Checkpoint, Weight, load_weights
+from projaudit.coverage import compare_rest
 from projaudit.errors import FormatError, NothingError, ProjauditError, UnsupportedError
 from projaudit.inert import clean
-from projaudit.opened import Base, Found, is_pickled, name_of, open_base, projectors_of
-from projaudit.peft_config import WEIGHTS, Adapter
+from projaudit.opened import (
+    Base,
+    Found,
+    is_pickled,
+    name_of,
+    open_base,
+    projectors_of,
+    stored_names,
+)
+from projaudit.peft_config import Adapter
 from projaudit.projector import Projector
 from projaudit.quantised import rewrites
 from projaudit.readings import Reading, parameter, place_of
@@ -105,7 +114,7 @@ def sides_of(
 
     An adapter is a reading of its own, of the projectors that it changes; alone, the only one.
     The target comes back with what that says of its ambiguities: which pickles hold the same
-    projector, which hold one that cannot be compared, and which projector's tensors share memory.
+    projector and rest, which hold others or none that compares, and whose tensors share memory.
     """
 
     def places(reading: Reading, projectors: Sequence[Projector]) -> set[tuple[object, ...]]:
@@ -128,7 +137,7 @@ def sides_of(
                 notes[at] = replace(notes[at], message=says)
                 continue
             if alike:
-                notes[at] = replace(notes[at], kind="equal-pickle")
+                notes[at] = _repeated(notes[at], target, found[0], found[number], session)
                 continue
         if number and reading.metadata is not None and found[0][0].metadata is not None:
             notes += _otherwise(new, sides[: len(found[0][1])])
@@ -146,6 +155,29 @@ def sides_of(
         note = Ambiguity("adapter-beside", clean(unread, 300), ("adapter_config.json",))
         target = replace(target, ambiguities=(*target.ambiguities, note))
     return target, [*sides, *adapted, *more]
+
+
+def _repeated(
+    note: Ambiguity, target: Checkpoint, first: Found, other: Found, session: Session
+) -> Ambiguity:
+    """What there is to say of a pickle with the first reading's projector: of the rest in it."""
+    ours, theirs = (
+        {name: info for name, info in reading.tensors.items() if info.name not in audited}
+        for reading, audited in ((found[0], stored_names(found)) for found in (first, other))
+    )
+    try:
+        parts = compare_rest(target.source, ours, theirs, seed=session.settings.seed)
+    except FormatError as error:
+        return replace(note, message=f"{note.message}; the same projector; of the rest: {error}")
+    file = clean(note.files[0], 80)
+    if differing := [f"{part.name}: {part.how}" for part in parts if part.status == "differs"]:
+        return replace(note, message=f"{file}: the same projector, another {', '.join(differing)}")
+    rest = "holds the same rest of the model, too" if parts else "holds nothing else"
+    if any(part.status == "not-looked-at" for part in parts):
+        rest = "holds a rest of the model that was not compared"
+    elif any(part.status == "sampled-equal" for part in parts):
+        rest = "holds the same rest of the model where it was sampled"
+    return replace(note, kind="equal-pickle", message=f"{file} {rest}")
 
 
 def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
@@ -204,7 +236,8 @@ def _sharing(side: Side) -> Ambiguity | None:
 def _adapted(target: Checkpoint, first: Found, fitted: Fit) -> list[Side]:
     """The projectors that an adapter changes, with it merged into them."""
     on = "the weights beside it" if target.adapter is None else name_of(target.source)
-    why = f"{WEIGHTS} ({clean(fitted.adapter.method, 20)}), merged into {on}"
+    files = " and ".join(fitted.files or (fitted.adapter.file,))
+    why = f"{files} ({clean(fitted.adapter.method, 20)}), merged into {on}"
     reading = replace(first[0], label="adapter", why=why)
     return [
         Side(target, reading, projector, name_of(target.origin), fitted)
@@ -220,19 +253,20 @@ def _on_named_base(
     beside it: from a Hub, and from a folder without config.json. Or why that cannot be read."""
     source = target.source
     named = named_by_adapter(adapter.config)
-    if (source.ref.kind == "local" and "config.json" in source.files) or named is None:
+    if (source.ref.kind != "hub" and "config.json" in source.files) or named is None:
         return [], ""
     repo, revision = str(named.ref.repo), named.ref.revision
+    compared = next(
+        (
+            base
+            for base in bases
+            if base.asked.lower() == repo.lower()
+            and revision in (None, base.checkpoint.source.commit)
+        ),
+        None,
+    )
     try:
-        base = next(
-            (
-                base
-                for base in bases
-                if base.asked.lower() == repo.lower()
-                and revision in (None, base.checkpoint.source.commit)
-            ),
-            None,
-        ) or open_base(session, named)
+        base = compared or open_base(session, named)
     except ProjauditError as error:
         return [], f"{repo}, on which transformers puts the adapter, was not read: {error}"
     reading = base.checkpoint.readings[0]
@@ -244,9 +278,10 @@ def _on_named_base(
             replace(reading, label="adapter-on-base", why=why),
             projector,
             name_of(source),
-            fitted,
+            fitted if fitted.changes(projector.tensors) else None,
         )
         for projector in base.projectors
-        if fitted.changes(projector.tensors)
+        # One that it leaves alone is the base's own: loaded in place of the target's all the same.
+        if fitted.changes(projector.tensors) or compared is None
     ]
     return sides, ""

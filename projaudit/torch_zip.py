@@ -101,6 +101,10 @@ _LEFTOVERS = {
 }  # fmt: skip
 
 
+BELOW = "below"
+"""Key of a header's metadata: in what the tensors lie, where that is one level down."""
+
+
 def read_torch_zip(source: Source, path: str) -> Header:
     """The tensors of a file that torch.save wrote: where each one's bytes are, none of them read.
 
@@ -137,13 +141,13 @@ def read_torch_zip(source: Source, path: str) -> Header:
         match[1]: entry for name, entry in entries.items() if (match := _STORAGE.fullmatch(name))
     }
     used: dict[str, _Storage] = {}
-    tensors = _state_dict(_interpret(found[2], storages, used, path), path)
+    tensors, below = _state_dict(_interpret(found[2], storages, used, path), path)
     unused = storages.keys() - used.keys()
     if unused:
         raise _bad(path, "is a storage of no tensor", f"data/{min(unused)}")
     return Header(
         {name: _info(name, tensor, path) for name, tensor in tensors.items()},
-        {},
+        {BELOW: below} if below else {},
         min((entry.data for entry in storages.values()), default=0),
     )
 
@@ -610,8 +614,8 @@ def _is_counts(value: object) -> TypeGuard[tuple[int, ...]]:
 # --- the state dict -------------------------------------------------------------------------------
 
 
-def _state_dict(top: object, path: str) -> dict[str, _Tensor]:
-    """The tensors by name, of a flat state dict or of one that is one level down."""
+def _state_dict(top: object, path: str) -> tuple[dict[str, _Tensor], str]:
+    """The tensors by name, of a flat state dict or of one below a key; that key."""
     if not isinstance(top, dict):
         what = "one tensor" if type(top) is _Tensor else "no dict"
         raise _unsupported(path, f"holds {what}, where a state dict is expected")
@@ -621,7 +625,7 @@ def _state_dict(top: object, path: str) -> dict[str, _Tensor]:
     if not direct:
         nested = {key: value for key, value in nested.items() if key not in _LEFTOVERS}
     if not nested:
-        return direct
+        return direct, ""
     shown = ", ".join(clean(repr(key), 40) for key in list(nested)[:3])
     wrapped = [key for key in nested if key in _WRAPPERS]
     flat = all(
@@ -638,7 +642,7 @@ def _state_dict(top: object, path: str) -> dict[str, _Tensor]:
             if full in found:
                 raise _bad(path, f"has the name {clean(repr(full), 80)} twice", "data.pkl")
             found[full] = tensor
-    return found
+    return found, shown
 
 
 def _tensors(content: dict[object, object], path: str) -> dict[str, _Tensor]:

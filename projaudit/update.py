@@ -349,7 +349,7 @@ def _check_base(base: Projector, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[name]
         if _nonfinite(tensor):
             raise BaseError("the base has NaN or Inf weights", "non-finite", field=clean(name))
-        if role.endswith(".weight") and tensor.ndim == 2 and _peak(tensor.float()) < _ZERO:
+        if role.endswith(".weight") and tensor.ndim > 1 and _peak(tensor.float()) < _ZERO:
             raise BaseError("the base's layer is zero throughout", "zero", field=clean(name))
 
 

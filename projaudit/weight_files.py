@@ -41,7 +41,8 @@ class Ambiguity:
     """`redirect` `config-redirect` `distributed-shards` `index-beside-file` `shadowed-tensor`
     `unindexed-tensor` `alias-names` `confusable-names` `variant-file` `consolidated-file`
     `unread-file` `unread-subfolder` `no-index` `pickle-beside` `gguf-beside` `adapter-beside`
-    `quantized` `custom-code` `shared-memory` `equal-pickle`"""
+    `quantized` `undeclared-scales` `nested-tensors` `custom-code` `shared-memory`
+    `equal-pickle`"""
     message: str
     """One inert line."""
     files: tuple[str, ...]

@@ -611,11 +611,11 @@ def test_transformers_applies_an_adapter_beside_full_weights(tmp_path: Path) -> 
             )
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model-00001-of-2.safetensors"])
 def test_an_adapter_stored_in_another_way_is_a_clear_line(
-    tmp_path: Path, written: dict[str, Path], name: str
+    tmp_path: Path, written: dict[str, Path]
 ) -> None:
     folder = copied(written["lora"], tmp_path)
+    name = "adapter_model-00001-of-2.safetensors"
     (folder / "adapter_model.safetensors").rename(folder / name)
     base = save(tmp_path / "base", BASE)
     with pytest.raises(UnsupportedError) as caught:
@@ -624,15 +624,66 @@ def test_an_adapter_stored_in_another_way_is_a_clear_line(
     assert name in str(caught.value)
 
 
-def test_an_adapter_in_a_pickle_beside_weights_is_no_pass(
+def pickled(folder: Path, **options: object) -> Path:
+    """The adapter as peft saved it before it took safetensors."""
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin", **options)
+    file.unlink()
+    return folder
+
+
+def test_an_adapter_of_torch_save_is_what_peft_loads(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    """peft's own loader reads that folder, and what it merges is what is measured."""
+    base = save(tmp_path / "base", BASE)
+    folder = pickled(copied(written["lora"], tmp_path))
+    report = projaudit.check(str(folder), str(base), seed=1, depth="weights")
+    expected = projaudit.check(str(written["lora"]), str(base), seed=1, depth="weights")
+    assert report.verdict is Verdict.PASS
+    assert numbers(report) == numbers(expected)
+    assert report.projectors[0].reading.startswith("adapter: adapter_model.bin (LORA)")
+    assert {t.file for t in report.tensors if t.side == "target"} == {"adapter_model.bin"}
+    changed = by_peft(folder)
+    fit_, stored = fitted(folder)
+    for name, weight in apply(fit_, stored).weights.items():
+        torch.testing.assert_close(weight.tensor, changed[name])
+
+
+def test_peft_takes_safetensors_before_torchs_file(
     tmp_path: Path, written: dict[str, Path]
 ) -> None:
     base = save(tmp_path / "base", BASE)
-    both = beside(tmp_path / "both", BASE, written["lora"])
-    (both / "adapter_model.safetensors").rename(both / "adapter_model.bin")
+    folder = copied(written["lora"], tmp_path)
+    (folder / "adapter_model.bin").write_bytes(b"?")
+    report = projaudit.check(str(folder), str(base), seed=1, depth="weights")
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert any("adapter_model.bin: weights beside" in f.message for f in report.findings)
+    assert {t.file for t in report.tensors if t.side == "target"} == {"adapter_model.safetensors"}
+
+
+def test_an_adapter_that_torch_saved_long_ago_is_refused_with_advice(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    folder = pickled(copied(written["lora"], tmp_path), _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedError, match=r"adapter_model\.bin") as caught:
+        projaudit.check(str(folder), str(base), seed=1, depth="weights")
+    assert "safetensors" in str(caught.value.remedy)
+    save(folder, BASE)
+    report = projaudit.check(str(folder), str(base), seed=1, depth="weights")
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert any("not read" in f.message for f in report.findings)
+
+
+def test_an_adapter_in_a_pickle_beside_weights_is_a_reading_of_its_own(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    base = save(tmp_path / "base", BASE)
+    both = pickled(beside(tmp_path / "both", BASE, written["lora"]))
     report = projaudit.check(str(both), str(base), seed=1, depth="weights")
     assert report.verdict is not Verdict.PASS
-    assert any("not read" in f.message for f in report.findings)
+    assert [p.reading.split(":")[0] for p in report.projectors] == ["main", "adapter"]
 
 
 def test_a_whole_model_saved_with_its_wrappers_is_no_pass(

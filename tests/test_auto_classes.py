@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from projaudit import locate
+from projaudit import ProjauditError, locate
 from projaudit.projector import families
+from projaudit.readings import parameter
 
 DATA = Path(__file__).parent / "data"
 MAPPINGS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ")
@@ -97,6 +103,7 @@ def bare(name: str) -> str:
     return re.sub(r"^(model\.|thinker\.|vlm\.)+", "", name)
 
 
+@cache
 def built(model_type: str, name: str) -> torch.nn.Module:
     for reduce in (shallow, lambda config: None):
         try:
@@ -151,3 +158,48 @@ def test_the_shares_of_classes_with_a_family_and_with_a_chain_are_as_documented(
     }
     assert share["family"] >= 0.75, share
     assert share["chain"] >= 0.74, share
+
+
+# Parts of a speech encoder, which are no projector of anything.
+UNNOTICED = {"seamless_m4t", "seamless_m4t_v2"}
+
+
+def second_names(model: Any, name: str) -> set[str]:
+    """What else a file may call a tensor so that transformers loads it there."""
+    transforms = get_model_conversion_mapping(model)
+    found = {name}
+    for transform in reversed(transforms):
+        back = transform.reverse_transform()
+        found |= {back.rename_source_key(one)[0] for one in found}
+    prefix = model.base_model_prefix
+    found |= {f"{prefix}.{one}" for one in found} | {n.removeprefix(f"{prefix}.") for n in found}
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+    return {
+        other
+        for other in found - state.keys()
+        if rename_source_key(other, renamings, [], prefix, state)[0] == name
+    }
+
+
+@pytest.mark.parametrize(("model_type", "name"), classes())
+def test_a_second_name_of_a_projectors_tensor_is_noticed(model_type: str, name: str):
+    """threats J4: as another name of the same, or as a tensor that is in a projector too many."""
+    if model_type in UNBUILT | UNNOTICED:
+        pytest.skip("cannot be built here, or has no projector")
+    logging.disable(logging.WARNING)
+    try:
+        model = built(model_type, name)
+        shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        ours = [n for p in locate(shapes, {"architectures": [name]}) for n in p.tensors]
+        second = [(n, other) for n in ours for other in second_names(model, n)]
+    finally:
+        logging.disable(logging.NOTSET)
+    for tensor, other in second:
+        if parameter(other) == parameter(tensor):
+            continue
+        try:
+            found = locate({**shapes, other: shapes[tensor]}, {"architectures": [name]})
+        except ProjauditError:
+            continue
+        assert any(other in (*p.tensors, *p.unexpected) for p in found), (tensor, other)

@@ -526,3 +526,25 @@ def test_on_a_hub_an_adapter_beside_weights_goes_on_the_base_that_it_names(
     assert len(report.projectors) == 2
     assert any("org/gone" in m for f in report.findings for m in f.message.splitlines())
     assert report.verdict is not Verdict.PASS
+
+
+def test_an_adapter_of_the_language_model_brings_the_projector_of_the_base_that_it_names(
+    hub: FakeHub, tmp_path: Path
+):
+    """threats J7: transformers loads the named base then, and nothing of the weights beside."""
+    publish(hub, tmp_path, "org/evil", tuned(BASE, 0.3, seed=9))
+    folder = save(tmp_path / "repos" / "org/both", TUNED, dtype=torch.bfloat16)
+    lora(folder, base_model_name_or_path="org/evil")
+    name = "base_model.model.model.language_model.layers.0.mlp.up_proj"
+    adapted = {
+        f"{name}.lora_A.weight": torch.ones(4, 64),
+        f"{name}.lora_B.weight": torch.ones(8, 4),
+    }
+    save_file(adapted, folder / "adapter_model.safetensors")
+    hub.add("org/both", folder)
+    report = projaudit.check("org/both", "org/base", seed=1)
+    assert [p.reading.split(":")[0] for p in report.projectors] == ["main", "adapter-on-base"]
+    norms = {m.subject: m.value for m in report.measurements if m.metric == "relative_norm"}
+    assert norms["projector@2/linear_1"] == pytest.approx(0.3, rel=0.02)
+    assert "ambiguous-sources" in rules_of(report)
+    assert report.verdict is not Verdict.PASS

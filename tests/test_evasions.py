@@ -79,6 +79,26 @@ def test_the_control_passes(tmp_path: Path):
     assert check(tmp_path, TUNED).verdict is Verdict.PASS
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [W1, B1])
+def test_values_that_are_no_numbers(tmp_path: Path, name: str, value: float):
+    """threats B8: in the target a finding that fails, in the base nothing to compare with."""
+    report = check(tmp_path, with_value(name, value))
+    assert "nonfinite-weights" in {finding.rule for finding in report.findings}
+    assert report.verdict is Verdict.FAIL
+    with pytest.raises(projaudit.ProjauditError) as raised:
+        check(tmp_path, TUNED, with_value(name, value))
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize("value", [3e38, 1e-40, -0.0])
+def test_values_at_the_ends_of_float32_are_measured(tmp_path: Path, value: float):
+    report = check(tmp_path, with_value(W1, value), with_value(W1, value))
+    norms = [m.value for m in report.measurements if m.metric == "relative_norm"]
+    assert len(norms) == 2
+    assert all(norm == norm and abs(norm) < 10 for norm in norms)
+
+
 @pytest.mark.parametrize("shape", [(32,), (1, 64)])
 def test_a_vector_of_another_shape_is_not_dropped(tmp_path: Path, shape):
     with pytest.raises(projaudit.ProjauditError) as raised:

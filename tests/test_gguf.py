@@ -23,7 +23,7 @@ from models import CONFIG, P, llava, save, tuned
 import projaudit
 from projaudit import update
 from projaudit.checkpoint import load_tensors, open_checkpoint
-from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
+from projaudit.errors import BaseError, FormatError, LimitError, NothingError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.gguf_header import GGML_TYPES, PROBE, read_gguf_header
 from projaudit.gguf_values import QUANTISED, dequantised, spacing
@@ -686,6 +686,7 @@ def test_every_quantisation_is_a_reading_and_text_models_are_none(tmp_path: Path
         "gguf-2: mmproj-q8_0.gguf",
     ]
     assert report.verdict is Verdict.PASS
+    assert "ambiguous-sources" not in {f.rule for f in report.findings}
     write(folder / "mmproj-q8_0.gguf", hidden, "Q8_0")
     assert max(values(projaudit.check(str(folder), str(base), seed=1), "relative_norm")) > 2
 
@@ -719,6 +720,35 @@ def test_a_projector_in_a_gguf_beside_a_text_model_in_safetensors(tmp_path: Path
     report = projaudit.check(str(folder), str(base), seed=1)
     assert [p.reading.split(":")[0] for p in report.projectors] == ["gguf-2"]
     assert report.verdict is not Verdict.PASS
+
+
+def test_a_base_whose_projector_is_in_a_gguf_beside_a_text_model(tmp_path: Path):
+    text_model = {name: tensor for name, tensor in BASE.items() if name.startswith("language")}
+    base = save(tmp_path / "base", text_model, config={"model_type": "llama"})
+    target = write(tmp_path / "tuned.gguf", mmproj(tuned(BASE, 0.05)))
+    with pytest.raises(BaseError, match="has no projector"):
+        projaudit.check(str(target), str(base), seed=1)
+    write(base / "mmproj.gguf", mmproj(BASE))
+    report = projaudit.check(str(target), str(base), seed=1)
+    assert values(report, "relative_norm")[:2] == pytest.approx([0.05, 0.05], rel=1e-3)
+    assert {t.file for t in report.tensors if t.side == "base"} == {"mmproj.gguf"}
+    assert report.verdict is Verdict.PASS, report.sentence
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q8_0", "Q4_0"])
+def test_a_second_gguf_that_is_no_rounding_of_the_first_is_said(tmp_path: Path, dtype: str):
+    base = save(tmp_path / "base", BASE)
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    honest = tuned(BASE, 0.5)
+    write(folder / "mmproj-a.gguf", mmproj(honest))
+    for other, said in ((honest, False), (tuned(honest, 0.9, seed=5), True)):
+        write(folder / "mmproj-b.gguf", mmproj(other), dtype)
+        report = projaudit.check(str(folder), str(base), seed=1, depth="weights")
+        told = " ".join(f.message for f in report.findings if f.rule == "ambiguous-sources")
+        assert ("is no rounding of the first file's" in told) is said
+        assert ("mmproj-b.gguf" in told) is said
+        assert (report.verdict is Verdict.INCONCLUSIVE) is said
 
 
 def test_an_lfs_pointer_in_place_of_a_projector(tmp_path: Path):

@@ -61,6 +61,17 @@ def test_the_nearest_base_is_told_first(tmp_path: Path, bases: list[str], capsys
     assert "outside what its bases span" in lines[first + 2]
 
 
+def test_a_vector_of_zeros_has_no_rounding_of_its_own(tmp_path: Path, bases: list[str]):
+    bias = "multi_modal_projector.linear_1.bias"
+    merged = mean(0.7) | {bias: torch.zeros(64)}
+    target = save(tmp_path / "merged", merged, dtype=torch.bfloat16)
+    report = projaudit.check(str(target), bases, seed=1, depth="weights")
+    (residual,) = [m for m in report.measurements if m.metric == "merge_residual"]
+    name, share = residual.detail[-1].split(": ")
+    assert name == "rounding"
+    assert 0 < float(share.removesuffix("%")) < 1
+
+
 def test_what_no_base_explains_is_said(tmp_path: Path, bases: list[str]):
     trained_on = tuned(mean(0.5), 0.1, seed=7)
     report = projaudit.check(

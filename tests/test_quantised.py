@@ -602,6 +602,34 @@ def test_a_quantised_base_is_read_too(tmp_path: Path):
     assert values(report, "changed_fraction") == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "gptq", "awq", "mlx"])
+def test_an_adapter_on_a_quantised_base_is_what_it_adds_to_it(tmp_path: Path, scheme: str):
+    """QLoRA: the base keeps its codes, and the update is the adapter's, with no rounding in it."""
+    base = quantised(tmp_path / "base", BASE, SCHEMES[scheme])
+    g = torch.Generator().manual_seed(0)
+    factors = {"A": torch.randn(4, 64, generator=g), "B": 0.01 * torch.randn(128, 4, generator=g)}
+    folder = tmp_path / "qlora"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "a/b"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    stem = f"base_model.model.model.{P}linear_1.lora_"
+    named = {f"{stem}{leaf}.weight": factor for leaf, factor in factors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    report = projaudit.check(str(folder), str(base), seed=1)
+    reading = open_checkpoint(open_local(parse_ref(str(base)))).readings[0]
+    name = f"{P}linear_1.weight"
+    before = load_weights(open_local(parse_ref(str(base))), reading, [name])[name].tensor
+    assert name in reading.packed
+    added = 2 * factors["B"] @ factors["A"]
+    expected = float(added.norm() / before.norm())
+    assert values(report, "relative_norm") == pytest.approx([expected, 0.0], rel=1e-4)
+    assert values(report, "leading_singular_value")[0] == pytest.approx(
+        float(torch.linalg.matrix_norm(added, 2)), rel=1e-4
+    )
+    assert "update-below-rounding" not in rules(report)
+    assert {t.file for t in report.tensors if t.side == "target"} == {"adapter_model.safetensors"}
+
+
 def test_f8_without_scales_has_a_limit_too(tmp_path: Path, base: Path):
     for size, seen in ((0.0, False), (0.005, False), (0.3, True)):
         target = save(

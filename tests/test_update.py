@@ -233,6 +233,24 @@ def test_a_zero_base_is_no_base():
     assert raised.value.code == "base.zero"
 
 
+def test_a_convolution_of_zeros_in_the_base_is_no_base_either():
+    """HunYuan-VL's merge is stored as one: (out, in, 2, 2)."""
+    config = {"architectures": ["HunYuanVLForConditionalGeneration"]}
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "before_rms.weight": (8,), "proj.0.weight": (16, 8, 2, 2), "proj.0.bias": (16,),
+        "proj.2.weight": (24, 16, 1, 1), "proj.2.bias": (24,), "mlp.weight": (32, 24),
+        "mlp.bias": (32,), "after_rms.weight": (32,),
+    }  # fmt: skip
+    base = {f"vit.perceive.{n}": torch.randn(shape, generator=g) for n, shape in shapes.items()}
+    target = tuned(base, prefix="vit.perceive.")
+    assert len(paired(base, target, config).layers) == 3
+    base["vit.perceive.proj.0.weight"].zero_()
+    with pytest.raises(BaseError, match="zero") as raised:
+        paired(base, target, config)
+    assert raised.value.code == "base.zero"
+
+
 def test_huge_finite_weights_do_not_pass_for_small():
     """threats B8, K16: 3e38 entries overflow a naive norm."""
     from projaudit.analyses import run

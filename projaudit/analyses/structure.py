@@ -33,6 +33,8 @@ class Facts:
     """Files and config entries of the target that bring code."""
     added: Sequence[str]
     """Tensors in the target's projectors that the family does not know or the base lacks."""
+    classes: Sequence[str]
+    """Classes that target or base name and that the family of their projector does not list."""
     missing: Sequence[str]
     """Tensors of the base's projectors that the target's lack, 1-D ones included."""
 
@@ -99,7 +101,7 @@ def ambiguous_sources(facts: Facts) -> Value:
 def repeated_projectors(facts: Facts) -> Value:
     """Number of pickled files that hold the audited projector once more, byte by byte."""
     found = [a for a in facts.checkpoint.ambiguities if a.kind == "equal-pickle"]
-    return Value(float(len(found)), tuple(clean(a.files[0], 80) for a in found))
+    return Value(float(len(found)), tuple(a.message for a in found))
 
 
 @measures("checkpoint", kind="structure", unit="files")
@@ -115,6 +117,12 @@ def config_changes(facts: Facts) -> Value:
         raise Skip("there is no config.json on both sides; name folders rather than files")
     changes = facts.coverage.config_changes
     return Value(float(len(changes)), changes)
+
+
+@measures("checkpoint", kind="structure", unit="classes")
+def unlisted_classes(facts: Facts) -> Value:
+    """Number of classes in the configs that the family of the projector found does not list."""
+    return Value(float(len(facts.classes)), tuple(clean(name, 80) for name in facts.classes))
 
 
 @measures("checkpoint", kind="structure", unit="tensors")

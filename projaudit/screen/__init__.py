@@ -1,0 +1,1 @@
+"""Which samples of a fine-tuning set carry a trigger, by the attention of the tuned model."""
