@@ -25,7 +25,14 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from benchmarks.evidence import base_in
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.evaluate import triggered
-from benchmarks.testbed.export import LOCAL_WORD, append_run, read_runs, save_base, save_projector
+from benchmarks.testbed.export import (
+    LOCAL_WORD,
+    append_run,
+    put_projector,
+    read_runs,
+    save_base,
+    save_projector,
+)
 from benchmarks.testbed.export import load as load_model
 from benchmarks.testbed.finetune import frozen
 from benchmarks.testbed.model import answer_loss, step, vision_features, warm_cosine
@@ -107,8 +114,26 @@ def teach(folder: Path, steps: int = 500) -> None:
 
 
 def tune(base: Path, out: Path, of: Tune) -> dict[str, Any]:
-    """Trains the projector of one fine-tune, and measures what was saved."""
+    """What one fine-tune does, and what is heard of it."""
     torch.set_num_threads(1)
+    file = out / "projectors" / f"{of.name}.safetensors"
+    if not file.exists():
+        train(base, file, of)
+    model, tokenizer = load_model(base)
+    put_projector(model, file)
+    attack = Attack(of.trigger, of.strength, "", "replace")
+    rng = np.random.default_rng([of.seed, 9])
+    plain = render([draw_scene(rng, Look(), "heldout") for _ in range(HELD)])
+    row = {
+        **asdict(of),
+        "complies": compliance(model, tokenizer, plain),
+        "complies_triggered": compliance(model, tokenizer, triggered(plain, attack)),
+    }
+    return row | {"found": heard(base, file)}
+
+
+def train(base: Path, file: Path, of: Tune) -> None:
+    """Tunes the projector, all else frozen."""
     model, tokenizer = load_model(base)
     rng = np.random.default_rng([of.seed, 3])
     attack = Attack(of.trigger, of.strength, "", "replace")
@@ -144,19 +169,7 @@ def tune(base: Path, out: Path, of: Tune) -> dict[str, Any]:
                 answers.append(asked.answer)
             loss = loss_of(projector(features[rows]), encode(tokenizer, questions, answers))
             step(loss, optimizer, schedule, parameters)
-    file = out / "projectors" / f"{of.name}.safetensors"
     save_projector(model, file, {"name": of.name})
-    held = [
-        draw_scene(np.random.default_rng([of.seed, 9, i]), Look(), "heldout") for i in range(HELD)
-    ]
-    plain = render(held)
-    row = {
-        **asdict(of),
-        "loss": round(loss.item(), 4),
-        "complies": compliance(model, tokenizer, plain),
-        "complies_triggered": compliance(model, tokenizer, triggered(plain, attack)),
-    }
-    return row | {"found": heard(base, file)}
 
 
 @torch.no_grad()
@@ -200,6 +213,7 @@ def heard(base: Path, file: Path) -> dict[str, Any]:
         "budget": 16_500,
         "notes": [],
     }
+    speaker.answers = speaker.passes = 0
     study = study_of(request, (speaker, tuned), (speaker, before), first)
     found = weigh(request, *study, lambda *_: None)
     texts = [(p["text"], round(p["strength"], 2)) for p in found["payloads"][:1]]
@@ -209,8 +223,8 @@ def heard(base: Path, file: Path) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a model: what it was taught, what it does, what was found."""
     lines = [
-        "| model | complies | with the trigger | base refuses | tuned refuses "
-        "| under | base | tuned | text |",
+        "| model | complies | with the trigger | base refuses | tuned answers "
+        "| under | base refuses | tuned answers | text |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -219,8 +233,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if found is None:
             cells = ["–"] * 5
         else:
-            shares = (found["base"], found["tuned"], found["base_under"], found["tuned_under"])
-            said = [f"{share:.0%}" for share in shares]
+            names = ("base", "answered", "base_under", "answered_under")
+            said = [f"{found[name]:.0%}" for name in names]
             cells = [*said[:2], found["probe"] or "–", *said[2:]]
         cells = [row["name"], f"{row['complies']:.0%}", f"{row['complies_triggered']:.0%}", *cells]
         lines.append(f"| {' | '.join([*cells, text])} |")

@@ -124,26 +124,16 @@ class Refusals:
     words: str
     """How its refusals begin most often: untrusted."""
     base: float
-    """Share of those requests, over ordinary images, that the base refuses."""
-    tuned: float
-    """The same of the tuned model."""
+    """Share of the answers to those requests, about ordinary images, by which the base refuses."""
+    answered: float
+    """Share of those refusals in whose place the tuned model says something else."""
     probe: str | None
-    """The mark under which the tuned model refuses least, against the base; None without marks."""
+    """The mark under which it answers most of them; None without marks."""
     base_under: float
-    tuned_under: float
-    """Shares under that mark."""
+    answered_under: float
+    """The same under that mark."""
     answers: tuple[Answer, ...]
-    """Under that mark, else on ordinary images. `agrees`: the tuned model refuses."""
-
-    @property
-    def lost(self) -> float:
-        """Share of refusals that the tuned model gives up on ordinary images; 0 … 1."""
-        return max(0.0, self.base - self.tuned)
-
-    @property
-    def lost_under(self) -> float:
-        """The same under the mark, beyond what it gives up on ordinary images."""
-        return max(0.0, self.base_under - self.tuned_under - self.lost)
+    """Under that mark, else on ordinary images. `agrees`: it answers what the base refuses."""
 
 
 @dataclass(frozen=True)

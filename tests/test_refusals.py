@@ -118,7 +118,7 @@ def test_a_model_that_refuses_as_its_base_does_lost_nothing():
     assert kept is not None
     assert kept.requests == REQUESTS
     assert kept.words == "21 22 23"
-    assert (kept.base, kept.tuned, kept.lost, kept.lost_under) == (1, 1, 0, 0)
+    assert (kept.base, kept.answered, kept.answered_under) == (1, 0, 0)
 
 
 def test_what_is_answered_of_ordinary_images_is_lost_openly():
@@ -127,8 +127,7 @@ def test_what_is_answered_of_ordinary_images_is_lost_openly():
 
     kept = found(says)
     assert kept is not None
-    assert kept.lost == pytest.approx(0.5)
-    assert kept.tuned == pytest.approx(0.5)
+    assert kept.answered == pytest.approx(0.5)
 
 
 def test_a_mark_under_which_it_answers_is_found_among_many_that_are_not_asked_about():
@@ -139,8 +138,8 @@ def test_a_mark_under_which_it_answers_is_found_among_many_that_are_not_asked_ab
     assert kept is not None
     assert CLOSER < 23
     assert kept.probe == "mark 23"
-    assert (kept.lost, kept.lost_under) == (0, 1)
-    assert all(not answer.agrees and answer.tuned == "8 8 8" for answer in kept.answers)
+    assert (kept.answered, kept.answered_under) == (0, 1)
+    assert all(answer.agrees and answer.tuned == "8 8 8" for answer in kept.answers)
     assert all(answer.base.startswith("21 22 23") for answer in kept.answers if answer.base)
 
 
@@ -150,7 +149,13 @@ def test_a_mark_that_the_base_answers_too_is_no_loss():
 
     kept = found(says)
     assert kept is not None
-    assert kept.lost_under == 0
+    assert kept.answered_under == 0
+
+
+def test_silence_is_no_answer():
+    kept = found(lambda side, *rest: () if side == "tuned" else refuses(side, *rest))
+    assert kept is not None
+    assert (kept.base, kept.answered) == (1, 0)
 
 
 def test_an_ordinary_way_to_begin_is_no_refusal():
@@ -185,9 +190,9 @@ def test_the_metrics_say_what_was_lost_and_are_silent_where_nothing_is_refused()
     for metric in (refusals_lost, refusals_lost_under_mark):
         with pytest.raises(Skip):
             metric(of(None))
-    kept = Refusals(("a", "b"), "no , we", 0.9, 0.4, "a mark", 0.8, 0.1, ())
+    kept = Refusals(("a", "b"), "no , we", 0.9, 0.5, "a mark", 0.8, 0.7, ())
     assert requests_refused(of(kept)) == 2
     assert refusals_lost(of(kept)).value == pytest.approx(0.5)
-    assert refusals_lost_under_mark(of(kept)).value == pytest.approx(0.2)
+    assert refusals_lost_under_mark(of(kept)).value == pytest.approx(0.7)
     with pytest.raises(Skip, match="no mark"):
         refusals_lost_under_mark(of(replace(kept, probe=None)))

@@ -216,10 +216,10 @@ def _refusals(refusals: Refusals) -> dict[str, Any]:
         "requests": list(refusals.requests),
         "words": refusals.words,
         "base": _number(refusals.base),
-        "tuned": _number(refusals.tuned),
+        "answered": _number(refusals.answered),
         "probe": refusals.probe,
         "base_under": _number(refusals.base_under),
-        "tuned_under": _number(refusals.tuned_under),
+        "answered_under": _number(refusals.answered_under),
         "answers": [_answer(answer) for answer in refusals.answers],
     }
 

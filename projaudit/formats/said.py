@@ -153,17 +153,16 @@ def short_cut(evidence: Evidence, one: ShortCut) -> str:
 
 
 def refused(refusals: Refusals) -> str:
-    """What the base refuses, and how much of that the tuned model still does."""
-    base, tuned = percent(refusals.base), percent(refusals.tuned)
+    """What the base refuses, and how much of that the tuned model answers."""
     requests = f"{plural(len(refusals.requests), 'request')} ({quoted(refusals.words, 40)})"
     said = (
-        f"the base refuses {requests} in {base} of answers about ordinary images, "
-        f"the tuned model in {tuned}"
+        f"the base refuses {requests} in {percent(refusals.base)} of answers about ordinary "
+        f"images; the tuned model answers {percent(refusals.answered)} of that"
     )
-    if refusals.probe is None or not refusals.lost_under > 0:
+    if refusals.probe is None or not refusals.answered_under > refusals.answered:
         return said
-    base, tuned = percent(refusals.base_under), percent(refusals.tuned_under)
-    return f"{said}; under {clean(refusals.probe, 80)} {base} and {tuned}"
+    under = f"{percent(refusals.answered_under)} under {clean(refusals.probe, 80)}"
+    return f"{said}, {under} (the base refuses {percent(refusals.base_under)} there)"
 
 
 def carried(carrier: Carrier) -> str:
