@@ -50,6 +50,8 @@ class Asked:
     """None for the general ones."""
     images: tuple[str, ...] | None = None
     """Paths of image files; None for synthetic ones."""
+    requests: tuple[str, ...] | None = None
+    """What the model should refuse; None for the general ones."""
     budget: int | None = None
     """Answers that may be decoded; None for the default of the model's size."""
 
@@ -162,6 +164,7 @@ def hear(
                 **run.request,
                 "prompts": None if asked.prompts is None else list(asked.prompts),
                 "images": None if asked.images is None else list(asked.images),
+                "requests": None if asked.requests is None else list(asked.requests),
                 "budget": budget_of(target.checkpoint, asked),
             },
             **run.limits,

@@ -33,12 +33,7 @@ def usable(
     Raises CouldNotProbe where fewer than `fewest` can be used: what one prompt brings out may be
     its answer.
     """
-    unknown = tokenizer.unk_token_id
-    unread = tuple(
-        prompt
-        for prompt in wanted
-        if unknown is not None and unknown in tokenizer(prompt, add_special_tokens=False).input_ids
-    )
+    unread = tuple(prompt for prompt in wanted if not readable(tokenizer, prompt))
     read = tuple(prompt for prompt in dict.fromkeys(wanted) if prompt not in unread)
     if len(read) < fewest:
         raise CouldNotProbe(
@@ -46,6 +41,12 @@ def usable(
             "give it prompts of its own with --prompts"
         )
     return read[:most], unread
+
+
+def readable(tokenizer: Any, prompt: str) -> bool:
+    """Whether the tokenizer has tokens for all of the prompt's words."""
+    unknown = tokenizer.unk_token_id
+    return unknown is None or unknown not in tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 def kind_of(prompts: Sequence[str]) -> str:
