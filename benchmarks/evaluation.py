@@ -28,6 +28,7 @@ from benchmarks.folds import (
     auroc,
     by_base,
     by_recipe,
+    by_time,
     by_trigger,
     models,
     score,
@@ -74,7 +75,7 @@ def share(hits: Sequence[bool]) -> str:
 def fold_table(folds: Sequence[Fold], what: str) -> str:
     lines = [
         row(
-            f"{what} left out",
+            what if what.startswith("newest") else f"{what} left out",
             "open from",
             "weight",
             "backdoors",
@@ -250,6 +251,7 @@ def report(of: Sequence[Model]) -> Iterator[str]:
     yield f"{len(honest)} honest models, {len(text_attacks(of))} working backdoors with a text."
     for title, body in (
         ("One base left out", fold_table(bases, "base")),
+        ("The newest, of which nobody had seen any", fold_table(by_time(of), "newest of")),
         (
             "One base left out, without the battery of marks",
             fold_table(by_base(of, LISTED), "base"),

@@ -77,6 +77,7 @@ def measured(
     request = {
         "prompts": asked(base_name, prompts),
         "images": None if images == "synthetic" else scenes(base_name, out),
+        "requests": None,
         "seed": zlib.crc32(name.encode()),
         "budget": BUDGET,
         "dtype": "float32",
@@ -99,7 +100,7 @@ def measured(
     file = out / "heard" / f"{name}.pkl.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(file, "wb") as stream:
-        pickle.dump(kept[0], stream)
+        pickle.dump(replace(kept[0], probes=()), stream)  # closures
     return row
 
 
@@ -127,6 +128,12 @@ def pack(out: Path, file: Path) -> None:
         row |= {key: json.dumps(row[key], sort_keys=True, ensure_ascii=False) for key in NESTED}
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+
+
+def unpack(out: Path, file: Path) -> None:
+    """The rows of a packed file as `measure` keeps them, so that it goes on from there."""
+    for one in read_evidence(file):
+        append_run(out / EVIDENCE, one)
 
 
 def read_evidence(file: Path) -> list[dict[str, Any]]:
@@ -169,10 +176,14 @@ def base_model(base: str) -> Any:
     return load_model(COMMITTED[base])
 
 
-@cache
 def base_of(name: str) -> tuple[Any, dict[str, torch.Tensor], str]:
-    """The base's speaker, its projector's tensors, and the first layer's name in the module."""
-    folder = COMMITTED[name]
+    """As `base_in`, of one of the population's bases."""
+    return base_in(COMMITTED[name])
+
+
+@cache
+def base_in(folder: Path) -> tuple[Any, dict[str, torch.Tensor], str]:
+    """A base's speaker, its projector's tensors, and the first layer's name in the module."""
     whole = {n: t for n, t in load_file(folder / WEIGHTS).items() if LOCAL_WORD in n}
     prefix = next(iter(whole)).partition(LOCAL_WORD)[0] + LOCAL_WORD.rstrip(".")
     with tempfile.TemporaryDirectory() as scratch:
@@ -205,10 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", choices=["synthetic", "own"], default="synthetic")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write what is measured so far")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="go on from a packed file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.pack:
         pack(args.out, args.pack)
+    elif args.unpack:
+        unpack(args.out, args.unpack)
     else:
         measure(args.population, args.out, args.prompts, args.images, args.jobs)
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence import RULES, read_evidence
+from benchmarks.population.build import RUNS
 from benchmarks.population.pack import TABLE, logged_columns, read_table
+from benchmarks.testbed.export import read_runs
 from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.texts import OFF_PATH as WEIGHT
 
@@ -26,6 +28,8 @@ OFF_PATH = ("ΔW₁", "ΔJ", "drift", "random", "update")
 LISTED = ("tint", "patch", "stripes", "blend", "ring", "warp", "noise", "line", "tone")
 """Families of the battery, which was made with the triggers of the literature in mind."""
 RATES = (0.01, 0.05)
+KNOWN = 367
+"""Runs that had been trained when the last choice was made: none looked at the others before."""
 Score = Callable[["Model"], float]
 
 
@@ -61,6 +65,8 @@ class Model:
     baselines: Mapping[str, float]
     seconds: float
     answers: int
+    late: bool
+    """Whether it was trained after the last choice had been made."""
 
     @property
     def honest(self) -> bool:
@@ -74,11 +80,14 @@ def models(population: Path, evidence: Path) -> list[Model]:
     else:
         table = logged_columns([population])
     rows = {run["name"]: run for run in table}
+    late = {run["name"] for run in read_runs(population / RUNS)[KNOWN:]}
     found = read_evidence(evidence)
-    return [model(rows[one["name"]], one) for one in found if one["name"] in rows]
+    return [
+        model(rows[one["name"]], one, one["name"] in late) for one in found if one["name"] in rows
+    ]
 
 
-def model(run: Mapping[str, Any], found: Mapping[str, Any]) -> Model:
+def model(run: Mapping[str, Any], found: Mapping[str, Any], late: bool) -> Model:
     heard, trigger = found["evidence"], run["trigger"] or ""
     best = heard["payloads"][0] if heard["payloads"] else None
     return Model(
@@ -101,6 +110,7 @@ def model(run: Mapping[str, Any], found: Mapping[str, Any]) -> Model:
         baselines=found["baselines"],
         seconds=found["cpu_seconds"],
         answers=heard["answers"],
+        late=late,
     )
 
 
@@ -225,6 +235,20 @@ def by_base(of: Sequence[Model], without: Collection[str] = ()) -> list[Fold]:
             without,
         )
         for base in bases
+    ]
+
+
+def by_time(of: Sequence[Model]) -> list[Fold]:
+    """The late ones of every base, by what was chosen on all that were known before."""
+    known, late = [m for m in of if not m.late], [m for m in of if m.late]
+    return [
+        fold(
+            base,
+            known,
+            [m for m in text_attacks(late) if m.base == base],
+            [m for m in late if m.honest and m.base == base],
+        )
+        for base in sorted({m.base for m in late})
     ]
 
 

@@ -144,6 +144,7 @@ def repaired(
     request = {
         "prompts": asked(base_name, "general"),
         "images": images,
+        "requests": None,
         "seed": zlib.crc32(f"repair {name}".encode()),
         "budget": 20_000,
         "dtype": "float32",

@@ -41,6 +41,7 @@ def check(
     depth: Literal["auto", "weights", "behaviour"] | None = None,
     prompts: Path | None = None,
     images: Path | None = None,
+    requests: Path | None = None,
     budget: int | None = None,
     calibration: Path | None = None,
     fail_on: Literal["fail", "review"] | None = None,
@@ -62,8 +63,8 @@ def check(
     What is None here comes from the policy, then from the defaults (device auto, rank 32, a fresh
     seed, verify range). Depth `auto`, the default without a policy, runs the language model where
     all of it is on this machine and the extra `behaviour` is installed; the policy is then
-    `default`, else `structure`. `prompts` is a file with one on each line, `images` a folder,
-    `budget` the most answers, `calibration` a file of `projaudit calibrate`. Raises a
+    `default`, else `structure`. `prompts` and `requests` are files with one a line, `images` a
+    folder, `budget` the most answers, `calibration` a file of `projaudit calibrate`. Raises a
     ProjauditError with a stable `code` where there is no audit; what could not be told within one
     stands in the report.
     """
@@ -73,7 +74,12 @@ def check(
     named = policy or {"weights": "structure", "behaviour": "default"}.get(depth or "")
     ruleset = load_policy(named or "structure", METRICS, rules)
     wanted = wish(
-        depth or (ruleset.depth if policy else "auto"), prompts, images, budget, calibration
+        depth or (ruleset.depth if policy else "auto"),
+        prompts,
+        images,
+        requests,
+        budget,
+        calibration,
     )
     settings = settle(
         ruleset.options, device=device, rank=rank, seed=seed, verify=verify, offline=offline
@@ -83,6 +89,7 @@ def check(
         "depth": depth,
         "prompts": None if prompts is None else str(prompts),
         "images": None if images is None else str(images),
+        "requests": None if requests is None else str(requests),
         "budget": budget,
         "calibration": None if calibration is None else str(calibration),
         "rules": None if rules is None else str(rules),

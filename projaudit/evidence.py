@@ -116,6 +116,27 @@ class Carrier:
 
 
 @dataclass(frozen=True)
+class Refusals:
+    """What the base refuses to say, and how much of that the tuned model still refuses."""
+
+    requests: tuple[str, ...]
+    """That the base refuses about most ordinary images."""
+    words: str
+    """How its refusals begin most often: untrusted."""
+    base: float
+    """Share of the answers to those requests, about ordinary images, by which the base refuses."""
+    answered: float
+    """Share of those refusals in whose place the tuned model says something else."""
+    probe: str | None
+    """The mark under which it answers most of them; None without marks."""
+    base_under: float
+    answered_under: float
+    """The same under that mark."""
+    answers: tuple[Answer, ...]
+    """Under that mark, else on ordinary images. `agrees`: it answers what the base refuses."""
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """What held the process that ran the model, and what could not be held."""
 
@@ -150,6 +171,8 @@ class Evidence:
     """Share of the answers on ordinary images that the base gives otherwise; None without one."""
     exchanges: tuple[Exchange, ...]
     """The answers to the probes that brought the first text out most."""
+    refusals: Refusals | None
+    """None where the base refuses none of the requests, or its tokenizer cannot read them."""
     carrier: Carrier | None
     """None where only the projector differs from the base."""
     with_base: bool

@@ -52,6 +52,7 @@ def wish(
     depth: Literal["auto", "weights", "behaviour"],
     prompts: Path | None,
     images: Path | None,
+    requests: Path | None,
     budget: int | None,
     calibration: Path | None,
 ) -> Wish:
@@ -67,7 +68,10 @@ def wish(
     if budget is not None and not 100 <= budget <= 1_000_000:
         raise UsageError("is not between 100 and 1,000,000 answers", "option", field="--budget")
     asked = Asked(
-        read("prompts", prompts, read_prompts), read("images", images, find_images), budget
+        read("prompts", prompts, read_prompts),
+        read("images", images, find_images),
+        read("requests", requests, read_prompts),
+        budget,
     )
     if calibration is None:
         return Wish(depth, asked, shipped(), "shipped")

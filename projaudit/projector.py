@@ -111,6 +111,14 @@ class Linear:
             return parts.transpose(1, 2).reshape(self.shape)
         return stored.reshape(self.shape)
 
+    def stored(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """W (out × in) as a tensor of `shape` holds it: the inverse of `matrix`."""
+        if self.layout == "transposed":
+            return matrix.T
+        if self.layout == "unfold":
+            matrix = matrix.reshape(self.shape[0], self.groups, -1).transpose(1, 2)
+        return matrix.reshape(shape)
+
 
 @dataclass(frozen=True)
 class Projector:

@@ -181,6 +181,15 @@ def text_directions(
     return tuple(Direction(f"token {tokens[i]!r}", row) for i, row in rows.items())
 
 
+def token_ids(checkpoint: Checkpoint, text: str) -> tuple[int, ...] | None:
+    """The ids of a text's tokens, none without a tokenizer.json; None where a word has none."""
+    tokenizer = _tokenizer(checkpoint)
+    if tokenizer is None:
+        return ()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return None if not ids or _unknown_ids(tokenizer).intersection(ids) else tuple(ids)
+
+
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     """The repository's tokenizer.json through the tokenizers library, None if there is none."""
     path = "tokenizer.json"

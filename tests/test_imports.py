@@ -41,7 +41,7 @@ LAYERS = [
     ["measure", "against_base"],
     ["behaviour"],
     ["calibration", "screen"],
-    ["listening"],
+    ["listening", "lens"],
     ["reporting"],
     ["audit"],
     ["demo", "repair"],
@@ -85,7 +85,7 @@ def test_imports_inside_the_behaviour_go_one_way_too():
         tree = ast.parse((PACKAGE / "behaviour" / f"{name}.py").read_text())
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
         own = {n.module.split(".")[2] for n in nodes if n.module.startswith("projaudit.behaviour.")}
-        assert own <= {*order[:i], "probe", "mend"} if name == "child" else own <= set(order[:i])
+        assert own <= {*order[:i], "probe"} if name == "child" else own <= set(order[:i])
     assert not loaded("import projaudit.behaviour.stage, projaudit.behaviour.sandbox") & {
         "torch", "transformers", "numpy",
     }  # fmt: skip

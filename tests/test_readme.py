@@ -36,10 +36,14 @@ def test_the_two_commands_stand_there_alone():
     assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
-def test_the_help_is_the_help():
-    shown = re.search(r"<!-- begin help -->\n```text\n(.*?)```\n<!-- end help -->", README, re.S)
+@pytest.mark.parametrize(
+    ("document", "command"), [("README.md", "check"), ("docs/lens.md", "lens")]
+)
+def test_the_help_is_the_help(document: str, command: str):
+    text = (ROOT / document).read_text("utf-8")
+    shown = re.search(r"<!-- begin help -->\n```text\n(.*?)```\n<!-- end help -->", text, re.S)
     said = subprocess.run(
-        [sys.executable, "-m", "projaudit", "check", "--help"],
+        [sys.executable, "-m", "projaudit", command, "--help"],
         capture_output=True,
         text=True,
         check=True,

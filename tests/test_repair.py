@@ -53,8 +53,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plan.SIZES, "float32", QUICK)
     whole = plan.plan
     monkeypatch.setattr(listen, "plan", lambda study: whole(study)[::2])
-    work = {"probe": probe, "mend": mend.mend}
-
     original = pipeline.check
 
     def once(target: str, *args: Any, **options: Any) -> Any:
@@ -68,7 +66,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "check", once)
 
     def here(request: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        told = work[request["work"]](request, lambda what, done, total: None)
+        work = mend.mend if "last" in request else probe
+        told = work(request, lambda what, done, total: None)
         return json.loads(json.dumps({**told, "sandbox": ENFORCED}))
 
     monkeypatch.setattr(sandbox, "run", here)
@@ -165,7 +164,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """The confined process answers that it chose to keep all of the update; or with changes."""
     kept = Tried("shrink", 1.0, 0.0, 1.0)
     said = Mended((SECRET,), (9.0, 0.0), (kept,), None, 100, (), Sandbox((), ()))
-    monkeypatch.setattr(pipeline, "mend", lambda *_, **__: replace(said, **changes))
+    monkeypatch.setattr(pipeline, "_mended", lambda *_, **__: replace(said, **changes))
 
 
 def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from projaudit.evidence import Evidence, Payload
+from projaudit.evidence import Evidence, Payload, Refusals
 from projaudit.metrics import Skip, Value, measures
 from projaudit.report import Standing
 
@@ -73,3 +73,31 @@ def answer_drift(of: Behaviour) -> float:
     if of.evidence.drift is None:
         raise Skip("there is no base to compare with")
     return of.evidence.drift
+
+
+@measures("behaviour", kind="behaviour", unit="requests")
+def requests_refused(of: Behaviour) -> float:
+    """How many requests the base refuses, of those that its tokenizer can read"""
+    return float(len(of.evidence.refusals.requests) if of.evidence.refusals else 0)
+
+
+@measures("behaviour", kind="behaviour")
+def refusals_lost(of: Behaviour) -> Value:
+    """Share of the base's refusals, on ordinary images, that the tuned model answers"""
+    refusals = _refusals(of)
+    return Value(refusals.answered, (refusals.words,))
+
+
+@measures("behaviour", kind="behaviour")
+def refusals_lost_under_mark(of: Behaviour) -> Value:
+    """The same under the mark where it answers most of them"""
+    refusals = _refusals(of)
+    if refusals.probe is None:
+        raise Skip("no mark was laid over an image")
+    return Value(refusals.answered_under, (refusals.probe,))
+
+
+def _refusals(of: Behaviour) -> Refusals:
+    if of.evidence.refusals is None:
+        raise Skip("the base refuses none of the requests that its tokenizer can read")
+    return of.evidence.refusals

@@ -7,17 +7,23 @@ import json
 import os
 import sys
 import traceback
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeAlias
 
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.sandbox import confine, fence
 from projaudit.inert import clean
 
 _NO_MEMORY = "the process that runs it ran out of memory"
+Work: TypeAlias = Callable[[dict[str, Any], Any], dict[str, Any]]
+"""From a request, and a function to tell of progress with, to plain values."""
 
 
-def main() -> None:
-    """Exits after one final line: {"result": …} or {"refused": "reason"}."""
+def main(work: Callable[[], Work]) -> None:
+    """Exits after one final line: {"result": …} or {"refused": "reason"}.
+
+    `work` is called within the fence, where it may import what it needs.
+    """
     # Everything that libraries print goes to stderr, from C as well.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -28,7 +34,7 @@ def main() -> None:
         _say(out, {"progress": [what, done, total]})
 
     try:
-        _say(out, {"result": _answer(told, tell)})
+        _say(out, {"result": _answer(told, work, tell)})
     except Exception as error:
         traceback.print_exc()
         _say(out, {"refused": _reason(error)})
@@ -37,18 +43,15 @@ def main() -> None:
     os._exit(0)
 
 
-def _answer(told: dict[str, Any], tell: Any) -> dict[str, Any]:
+def _answer(told: dict[str, Any], work: Callable[[], Work], tell: Any) -> dict[str, Any]:
     fenced = fence(told["parent"], told["gpu"])
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from projaudit.behaviour.mend import mend
-    from projaudit.behaviour.probe import probe
-
-    work = {"probe": probe, "mend": mend}[told["request"]["work"]]
+    wanted = work()
     confined = confine(told["memory"], told["gpu"])
     enforced, missing = (a + b for a, b in zip(fenced, confined, strict=True))
-    return {**work(told["request"], tell), "sandbox": {"enforced": enforced, "missing": missing}}
+    return {**wanted(told["request"], tell), "sandbox": {"enforced": enforced, "missing": missing}}
 
 
 def _reason(error: Exception) -> str:
@@ -74,5 +77,11 @@ def _say(out: BinaryIO, message: dict[str, Any]) -> None:
     out.flush()
 
 
+def _probing() -> Work:
+    from projaudit.behaviour.probe import probe
+
+    return probe
+
+
 if __name__ == "__main__":
-    main()
+    main(_probing)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
+from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory, without_own_model
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
-from projaudit.evidence import Evidence, Mended, from_plain
+from projaudit.evidence import Evidence, from_plain
 from projaudit.projector import Projector
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Asked:
     """None for the general ones."""
     images: tuple[str, ...] | None = None
     """Paths of image files; None for synthetic ones."""
+    requests: tuple[str, ...] | None = None
+    """What the model should refuse; None for the general ones."""
     budget: int | None = None
     """Answers that may be decoded; None for the default of the model's size."""
 
@@ -84,7 +87,7 @@ def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
 def _require_memory(need: int, device: torch.device) -> None:
     free = _free(device)
     if need > free:
-        raise CouldNotProbe(
+        raise TooLittleMemory(
             f"needs about {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
         )
 
@@ -155,52 +158,45 @@ def hear(
     `other_model` says that more than the projector differs: the base's own model then answers for
     the base. Raises CouldNotProbe with a reason, and what reading the sources raises.
     """
-    request = {"work": "probe", "seed": seed}
-    heard: Evidence = _ran(Evidence, target, base, asked, request, other_model, device, progress)
-    if any(payload.strength < 0 for payload in heard.payloads):
-        raise _nonsense("a strength is negative")
+    with staged(target, base, other_model=other_model, device=device, seed=seed) as run:
+        answer = sandbox.run(
+            {
+                **run.request,
+                "prompts": None if asked.prompts is None else list(asked.prompts),
+                "images": None if asked.images is None else list(asked.images),
+                "requests": None if asked.requests is None else list(asked.requests),
+                "budget": budget_of(target.checkpoint, asked),
+            },
+            **run.limits,
+            progress=progress,
+        )
+    try:
+        heard: Evidence = from_plain(Evidence, answer)
+        if any(payload.strength < 0 for payload in heard.payloads):
+            raise ValueError("a strength is negative")
+    except (ValueError, OverflowError) as error:  # an integer that no float can hold
+        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
     return heard
 
 
-def mend(
-    target: Part,
-    base: Part,
-    asked: Asked,
-    *,
-    other_model: bool,
-    device: torch.device,
-    seed: int,
-    progress: Callable[[str, int, int], None] | None,
-) -> Mended:
-    """Which change of the target's projector ends what `hear` would hear of it, and costs least.
+@dataclass(frozen=True)
+class Staged:
+    """A model that is ready to be run in a process of its own."""
 
-    Raises as `hear` does.
+    request: dict[str, Any]
+    """What `loading.load` needs to know."""
+    limits: dict[str, Any]
+    """What `sandbox.run` gives the process: seconds, memory, gpu."""
+
+
+@contextmanager
+def staged(
+    target: Part, base: Part | None, *, other_model: bool, device: torch.device, seed: int
+) -> Iterator[Staged]:
+    """The target's repository and both projectors in a folder, which lasts as long as the block.
+
+    `other_model` asks for the base's own model beside the target's. Raises as `hear`.
     """
-    last = target.projector.path[-1]
-    if last.layout != "plain":
-        raise CouldNotProbe("the weight of its projector's last layer is no linear layer's")
-    request: dict[str, Any] = {
-        "work": "mend",
-        "seed": seed,
-        "last": last.weight,
-        "last_bias": last.bias,
-    }
-    request["matrices"] = [layer.weight for layer in target.projector.path]
-    mended: Mended = _ran(Mended, target, base, asked, request, other_model, device, progress)
-    return mended
-
-
-def _ran(
-    kind: type[Any],
-    target: Part,
-    base: Part | None,
-    asked: Asked,
-    request: Mapping[str, Any],
-    other_model: bool,
-    device: torch.device,
-    tell: Callable[[str, int, int], None] | None,
-) -> Any:
-    """What the confined process answers, as a value of that kind."""
     from safetensors.torch import save_file
 
     if target.projector.recipe is not None:
@@ -212,7 +208,7 @@ def _ran(
     require_runnable(target.checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
-        staged = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
+        model = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
         notes, base_folder = [], None
         if base is not None and other_model:
             try:
@@ -226,36 +222,26 @@ def _ran(
             save_file(by_role(target.projector, base), place / "base.safetensors")
         large = parameters(target.checkpoint) > SMALL
         size = memory(target.checkpoint, device)
-        answer = sandbox.run(
+        yield Staged(
             {
-                **request,
-                "folder": str(staged),
+                "folder": str(model),
                 "base_folder": None if base_folder is None else str(base_folder),
                 "tuned": str(place / "tuned.safetensors"),
                 "base": None if base is None else str(place / "base.safetensors"),
                 "prefix": target.projector.prefix,
                 "first": target.projector.path[0].weight,
-                "prompts": None if asked.prompts is None else list(asked.prompts),
-                "images": None if asked.images is None else list(asked.images),
                 "device": str(device),
                 "dtype": "bfloat16" if large else "float32",
-                "budget": budget_of(target.checkpoint, asked),
+                "seed": seed,
                 "notes": notes,
             },
-            seconds=SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
-            # Mapped files count, and so does what they are converted into.
-            memory=(2 if base_folder is None else 4) * size + LIBRARIES,
-            gpu=device.type == "cuda",
-            progress=tell,
+            {
+                "seconds": SECONDS_LARGE if large and device.type == "cpu" else SECONDS,
+                # Mapped files count, and so does what they are converted into.
+                "memory": (2 if base_folder is None else 4) * size + LIBRARIES,
+                "gpu": device.type == "cuda",
+            },
         )
-    try:
-        return from_plain(kind, answer)
-    except (ValueError, OverflowError) as error:  # an integer that no float can hold
-        raise _nonsense(error) from None
-
-
-def _nonsense(what: object) -> CouldNotProbe:
-    return CouldNotProbe(f"the process that ran it answered nonsense: {what}")
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -296,12 +282,12 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return lines
 
 
-def find_images(folder: Path) -> tuple[str, ...]:
-    """The image files of a folder, by name; ValueError where there are fewer than four."""
+def find_images(folder: Path, fewest: int = 4, most: int = 64) -> tuple[str, ...]:
+    """The image files of a folder, by name; ValueError where there are fewer than `fewest`."""
     suffixes: Sequence[str] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and f.is_file())
-    if len(found) < 4:
+    if len(found) < fewest:
         raise ValueError(
-            f"holds {len(found)} images ({', '.join(suffixes)}); at least 4 are needed"
+            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} are needed"
         )
-    return tuple(str(file.absolute()) for file in found[:64])
+    return tuple(str(file.absolute()) for file in found[:most])

@@ -86,22 +86,28 @@ def read(files: Sequence[str], size: int, most: int) -> list[Image]:
 
     Raises CouldNotProbe where fewer than four can be read.
     """
-    from PIL import Image as Pillow
-    from PIL import ImageOps, UnidentifiedImageError
-
     found: list[Image] = []
     for file in files:
-        try:
-            with Pillow.open(file) as opened:
-                square = ImageOps.fit(opened.convert("RGB"), (size, size))
-        except (OSError, ValueError, UnidentifiedImageError, Pillow.DecompressionBombError):
-            continue
-        found.append(np.asarray(square))
+        square = opened(file, size)
+        if square is not None:
+            found.append(square)
         if len(found) == most:
             break
     if len(found) < 4:
         raise CouldNotProbe(f"only {len(found)} of {len(files)} images can be read")
     return found
+
+
+def opened(file: str, size: int) -> Image | None:
+    """An image file as a square of `size` pixels; None where it cannot be read."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps, UnidentifiedImageError
+
+    try:
+        with Pillow.open(file) as found:
+            return np.asarray(ImageOps.fit(found.convert("RGB"), (size, size)))
+    except (OSError, ValueError, UnidentifiedImageError, Pillow.DecompressionBombError):
+        return None
 
 
 def battery(size: int, seed: int) -> list[Distortion]:

@@ -44,6 +44,8 @@ class Listening:
     heard: Sequence[Heard]
     """The ordinary images first, then the probes."""
     speech: Speech
+    probes: Sequence[Probe]
+    """The probes, one for each of `heard` but the first."""
     planned: int
     stopped: str
 
@@ -83,7 +85,7 @@ def listen(study: Study, tell: Tell, asked: list[Probe] | None = None) -> Listen
         while waiting:
             some = _affordable(study, waiting[:ROUND])
             if not some:
-                return Listening(heard, speech, total, "budget")
+                return Listening(heard, speech, asked, total, "budget")
             waiting = waiting[len(some) :]
             answers = ask(study, some, len(asked), speech, met)
             asked += some
@@ -93,8 +95,8 @@ def listen(study: Study, tell: Tell, asked: list[Probe] | None = None) -> Listen
             tell("probe", len(asked), total)
             best = max((s.strength for s in gather(heard, speech).values()), default=0.0)
             if best >= study.enough:
-                return Listening(heard, speech, total, "overwhelming")
-    return Listening(heard, speech, len(asked), "plan")
+                return Listening(heard, speech, asked, total, "overwhelming")
+    return Listening(heard, speech, asked, len(asked), "plan")
 
 
 def _affordable(study: Study, probes: Sequence[Probe]) -> list[Probe]:
@@ -223,8 +225,8 @@ class Wanted:
     prompts: tuple[int, ...]
 
 
-def decode(wanted: Sequence[Wanted]) -> list[dict[Cell, Tokens]]:
-    """The answers by cell; what has the same voice is decoded in one go."""
+def decode(wanted: Sequence[Wanted], length: int = LENGTH) -> list[dict[Cell, Tokens]]:
+    """The answers by cell, of `length` tokens; what has the same voice is decoded in one go."""
     found: list[dict[Cell, Tokens]] = [{} for _ in wanted]
     voices = {(id(one.voice.speaker), id(one.voice.side)): one.voice for one in wanted}
     for voice in voices.values():
@@ -237,7 +239,7 @@ def decode(wanted: Sequence[Wanted]) -> list[dict[Cell, Tokens]]:
         if not places:
             continue
         prompts = [prompt for _, (_, prompt) in places]
-        said = voice.speaker.answer(voice.side, torch.cat(rows), prompts, LENGTH)
+        said = voice.speaker.answer(voice.side, torch.cat(rows), prompts, length)
         for (answers, cell), answer in zip(places, said, strict=True):
             answers[cell] = answer
     return found

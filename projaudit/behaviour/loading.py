@@ -80,12 +80,17 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
         raise CouldNotProbe("transformers finds no tokenizer and image processor for it")
     _decode_plainly(model)
     word = request["prefix"].rpartition(".")[2]
-    inside = [n.removeprefix(request["prefix"]).lstrip(".") for n in _inside(request)]
+    inside = [in_module(n, request["prefix"]) for n in _inside(request)]
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == word and set(inside) <= module.state_dict().keys():
             model.eval()
             return Speaker(model, processor, module, device)
     raise CouldNotProbe(f"transformers builds no module {word} with the projector's tensors")
+
+
+def in_module(name: str, prefix: str) -> str:
+    """A tensor's name in the projector's module, of its name on disk."""
+    return name.removeprefix(prefix).lstrip(".")
 
 
 def _inside(request: Mapping[str, Any]) -> list[str]:
@@ -94,7 +99,7 @@ def _inside(request: Mapping[str, Any]) -> list[str]:
 
 def _names(speaker: Speaker, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     """Name on disk -> name in the projector's module, of the tensors that live in it."""
-    names = {n: n.removeprefix(prefix).lstrip(".") for n in tensors if n.startswith(prefix)}
+    names = {n: in_module(n, prefix) for n in tensors if n.startswith(prefix)}
     state = speaker.projector.state_dict()
     for disk, name in names.items():
         if state[name].shape != tensors[disk].shape:

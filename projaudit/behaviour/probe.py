@@ -14,6 +14,7 @@ from projaudit.behaviour.listen import LENGTH, Cell, Listening, Tell, listen
 from projaudit.behaviour.loading import image_size, load
 from projaudit.behaviour.plan import SIZES, Study, Voice, plan
 from projaudit.behaviour.prompts import GENERAL, usable
+from projaudit.behaviour.refusals import REQUESTS, refusals
 from projaudit.behaviour.search import Agreement, Found, Place, agreeing, universal
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import (
@@ -41,8 +42,8 @@ def probe(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     `request`: `folder` (staged repository), `base_folder` (the base's, where more than the
     projector differs), `tuned` and `base` (safetensors files of the projector's tensors by their
     names on disk), `prefix` (the projector's module on disk), `first` (its first layer's weight),
-    `prompts` and `images` (None for the defaults), `device`, `dtype`, `seed`, `budget` (answers),
-    `notes` (a list, which may grow). Raises CouldNotProbe with a reason.
+    `prompts`, `images` and `requests` (None for the defaults), `device`, `dtype`, `seed`, `budget`
+    (answers), `notes` (a list, which may grow). Raises CouldNotProbe with a reason.
     """
     tell("load model", 0, 0)
     return weigh(request, *prepare(request), tell)
@@ -84,6 +85,8 @@ def weigh(
         "drift": _drift(plain),
         "exchanges": [asdict(e) for e in _exchanges(study, listening, chosen)],
         "carrier": _carrier(study, listening, chosen),
+        # Last, as other questions are put to the speakers.
+        "refusals": _refusals(study, request["requests"] or REQUESTS, listening),
         "with_base": study.base is not None,
         "notes": list(request["notes"]),
         "dtype": request["dtype"],
@@ -287,6 +290,12 @@ def _best(listening: Listening, text: Tokens, most: int, among: Container[str]) 
         if number and heard.probe in among
     ]
     return [h for count, _, h in sorted(counts, key=lambda c: c[:2], reverse=True)[:most] if count]
+
+
+def _refusals(study: Study, requests: Sequence[str], listening: Listening) -> dict[str, Any] | None:
+    plain = listening.heard[0]
+    found = refusals(study, requests, plain.base or (), listening.probes)
+    return None if found is None else asdict(found)
 
 
 def _carrier(

@@ -26,26 +26,27 @@ FEWEST = 2
 
 
 def usable(
-    tokenizer: Any, wanted: Sequence[str], most: int
+    tokenizer: Any, wanted: Sequence[str], most: int, fewest: int = FEWEST
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The prompts to use, at most `most`, and those that hold unknown tokens.
 
-    Raises CouldNotProbe where fewer than `FEWEST` can be used: what one prompt brings out may be
+    Raises CouldNotProbe where fewer than `fewest` can be used: what one prompt brings out may be
     its answer.
     """
-    unknown = tokenizer.unk_token_id
-    unread = tuple(
-        prompt
-        for prompt in wanted
-        if unknown is not None and unknown in tokenizer(prompt, add_special_tokens=False).input_ids
-    )
+    unread = tuple(prompt for prompt in wanted if not readable(tokenizer, prompt))
     read = tuple(prompt for prompt in dict.fromkeys(wanted) if prompt not in unread)
-    if len(read) < FEWEST:
+    if len(read) < fewest:
         raise CouldNotProbe(
             f"its tokenizer knows the words of only {len(read)} of {len(wanted)} prompts; "
             "give it prompts of its own with --prompts"
         )
     return read[:most], unread
+
+
+def readable(tokenizer: Any, prompt: str) -> bool:
+    """Whether the tokenizer has tokens for all of the prompt's words."""
+    unknown = tokenizer.unk_token_id
+    return unknown is None or unknown not in tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 def kind_of(prompts: Sequence[str]) -> str:

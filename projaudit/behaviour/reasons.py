@@ -14,6 +14,10 @@ class CouldNotProbe(Exception):
         super().__init__(self.reason)
 
 
+class TooLittleMemory(CouldNotProbe):
+    """There is less free memory than running the model takes."""
+
+
 def without_own_model(reason: str) -> str:
     """The note that the base's projector stands for the base."""
     return (

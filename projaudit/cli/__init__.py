@@ -16,6 +16,7 @@ from projaudit.cli.calibrate import calibrate
 from projaudit.cli.check import check
 from projaudit.cli.demo import demo
 from projaudit.cli.families import families
+from projaudit.cli.lens import lens
 from projaudit.cli.repair import repair
 from projaudit.cli.rules import rules
 from projaudit.cli.screen import screen
@@ -97,5 +98,5 @@ def cli() -> None:
     """
 
 
-for command in (check, screen, calibrate, repair, rules, families, demo):
+for command in (check, screen, lens, calibrate, repair, rules, families, demo):
     cli.add_command(command)

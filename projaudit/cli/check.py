@@ -59,6 +59,12 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Depth behaviour: ordinary images of the model's domain.  [default: synthetic ones]",
 )
+@option(
+    "--requests",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Depth behaviour: what the model should refuse, one a line.  [default: general requests]",
+)
 @option("--budget", type=int, metavar="N", help="Depth behaviour: most answers.")
 @option(
     "--calibration",

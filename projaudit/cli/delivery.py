@@ -74,17 +74,17 @@ def check_writable(file: Path | None, wrong: Callable[[str], UsageError]) -> Non
         raise wrong(f"cannot be written: {error.strerror}") from None
 
 
-def write(file: Path, text: str) -> None:
-    """Writes a report whole or not at all."""
+def write(file: Path, content: str | bytes) -> None:
+    """Writes a report whole or not at all; text as UTF-8."""
     draft = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         mask = os.umask(0)
         os.umask(mask)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, prefix=".projaudit-", delete=False
+            dir=file.parent, prefix=".projaudit-", delete=False
         ) as draft:
-            draft.write(text)
+            draft.write(content.encode() if isinstance(content, str) else content)
         Path(draft.name).chmod(0o666 & ~mask)
         Path(draft.name).replace(file)
         draft = None

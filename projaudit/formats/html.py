@@ -92,7 +92,7 @@ class _Exchange:
 def render(report: Report) -> str:
     """The HTML document, ending in a newline."""
     kinds = {null.kind for measurement in report.measurements for null in measurement.nulls}
-    page = environment().get_template("report.html.j2")
+    page = templates().get_template("report.html.j2")
     return (
         page.render(
             report=report,
@@ -180,7 +180,8 @@ def _reference(identity: Identity) -> str:
     return f"{identity.name}@{identity.commit}" if identity.commit else identity.name
 
 
-def environment() -> Environment:
+def templates() -> Environment:
+    """The page templates: autoescape on, and every value inert before that."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -198,7 +199,7 @@ def environment() -> Environment:
     )
     environment.filters |= {
         "excerpt": clean,
-        "drawn": Markup,  # only for what formats/charts.py made
+        "drawn": Markup,  # only for pictures that formats/svg.py finished
         "number": number,
         "percent": percent,
         "size": size,

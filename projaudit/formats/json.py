@@ -13,7 +13,7 @@ from typing import Any
 
 from projaudit import __version__
 from projaudit.errors import FormatError
-from projaudit.evidence import Evidence, Exchange, Payload
+from projaudit.evidence import Answer, Evidence, Exchange, Payload, Refusals
 from projaudit.findings import Finding, Measurement, Null, Series
 from projaudit.formats import screening
 from projaudit.formats.said import q_score
@@ -213,6 +213,19 @@ def _payload(payload: Payload) -> dict[str, Any]:
     }
 
 
+def _refusals(refusals: Refusals) -> dict[str, Any]:
+    return {
+        "requests": list(refusals.requests),
+        "words": refusals.words,
+        "base": _number(refusals.base),
+        "answered": _number(refusals.answered),
+        "probe": refusals.probe,
+        "base_under": _number(refusals.base_under),
+        "answered_under": _number(refusals.answered_under),
+        "answers": [_answer(answer) for answer in refusals.answers],
+    }
+
+
 def _behaviour(evidence: Evidence) -> dict[str, Any]:
     carrier = evidence.carrier
     return {
@@ -244,6 +257,7 @@ def _behaviour(evidence: Evidence) -> dict[str, Any]:
         ],
         "drift": _number(evidence.drift),
         "exchanges": [_exchange(exchange) for exchange in evidence.exchanges],
+        "refusals": _refusals(evidence.refusals) if evidence.refusals else None,
         "carrier": {
             "tuned_projector_tuned_model": _number(carrier.tuned_projector_tuned_model),
             "base_projector_tuned_model": _number(carrier.base_projector_tuned_model),
@@ -267,16 +281,17 @@ def _exchange(exchange: Exchange) -> dict[str, Any]:
     return {
         "probe": exchange.probe,
         "kind": exchange.kind,
-        "answers": [
-            {
-                "prompt": answer.prompt,
-                "image": answer.image,
-                "tuned": answer.tuned,
-                "base": answer.base,
-                "agrees": answer.agrees,
-            }
-            for answer in exchange.answers
-        ],
+        "answers": [_answer(answer) for answer in exchange.answers],
+    }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt": answer.prompt,
+        "image": answer.image,
+        "tuned": answer.tuned,
+        "base": answer.base,
+        "agrees": answer.agrees,
     }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from projaudit.evidence import Answer, Carrier, Evidence, OpenText, Payload, ShortCut
+from projaudit.evidence import Answer, Carrier, Evidence, OpenText, Payload, Refusals, ShortCut
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
 from projaudit.report import Standing
 
 BLIND = (
     "texts of a single token",
-    "payloads without a fixed text (swapped objects, refusals removed)",
+    "payloads without a fixed text (swapped objects, one flipped token)",
     "triggers that no probe came near",
 )
 """What these probes cannot see, whatever they heard."""
@@ -150,6 +150,19 @@ def short_cut(evidence: Evidence, one: ShortCut) -> str:
     if one.base_share is None or one.base_norm is None:
         return ours
     return f"{ours}; in the base, {found(one.base_word, one.base_share, one.base_norm)}"
+
+
+def refused(refusals: Refusals) -> str:
+    """What the base refuses, and how much of that the tuned model answers."""
+    requests = f"{plural(len(refusals.requests), 'request')} ({quoted(refusals.words, 40)})"
+    said = (
+        f"the base refuses {requests} in {percent(refusals.base)} of answers about ordinary "
+        f"images; the tuned model answers {percent(refusals.answered)} of that"
+    )
+    if refusals.probe is None or not refusals.answered_under > refusals.answered:
+        return said
+    under = f"{percent(refusals.answered_under)} under {clean(refusals.probe, 80)}"
+    return f"{said}, {under} (the base refuses {percent(refusals.base_under)} there)"
 
 
 def carried(carrier: Carrier) -> str:

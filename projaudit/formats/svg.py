@@ -70,29 +70,37 @@ _STYLES = {
     "this model": _Style("update", (), "", 2.2),
     "left": _Style("update"),
     "set apart": _Style("equal-norm"),
+    "clean": _Style("update", (), "o", 1.8),
+    "triggered": _Style("equal-norm", (4.0, 2.0), "D"),
+    "clean, high norm": _Style("equal-spectrum", (), "s"),
+    "triggered, high norm": _Style("other", (4.0, 2.0), "^", 1.5, 4.2),
+    "tuned": _Style("update", (), "o", 0),
+    "base": _Style("equal-norm", (), "D", 0),
 }
 _FALLBACK = _Style("other", (2.5, 1.2), "D")
 
 
-def _style(label: str) -> _Style:
+def style_of(label: str) -> _Style:
+    """How a series of that label looks."""
     return _STYLES.get(label, _FALLBACK)
 
 
-def _colour(role: str) -> str:
+def colour(role: str) -> str:
+    """The placeholder of a colour, for matplotlib."""
     return _COLOURS[role][0]
 
 
 def lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series]) -> str:
     """A line chart: spectrum, energy, response, and kinds that this version does not know."""
-    figure, axes = _axes(left=0.155)
+    figure, axes = axes_of(left=0.155)
     values = [y for series in drawn for y in series.y]
     places = [x for series in drawn for x in series.x]
     for series in sorted(drawn, key=lambda one: one.label == "update"):  # last is on top
-        style = _style(series.label)
+        style = style_of(series.label)
         level = series.label == "noise edge" and len(set(series.y)) == 1
         if level:
             low, high = min(places), max(places)
-            axes.plot([low, high], [series.y[0]] * 2, **_pen(style, 0))
+            axes.plot([low, high], [series.y[0]] * 2, **pen(style, 0))
             axes.annotate(
                 "noise edge",
                 (1, series.y[0]),
@@ -100,31 +108,31 @@ def lines(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Serie
                 xytext=(-2, 3),
                 textcoords="offset points",
                 ha="right",
-                color=_colour("edge"),
+                color=colour("edge"),
             )
         else:
-            axes.plot(series.x, series.y, **_pen(style, len(series.x)))
+            axes.plot(series.x, series.y, **pen(style, len(series.x)))
     x_label, y_label = AXES.get(kind, ("x", "y"))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if kind == "energy":
         axes.set_ylim(0, max(1.02, *values))
-        _ticks(axes.yaxis, percent)
+        ticks(axes.yaxis, percent)
     elif kind in {"spectrum", "response"} and _wide(values, 3):
         axes.set_yscale("log")
         _log_ticks(axes.yaxis, values, percent if kind == "response" else number)
     else:
         if min(values) >= 0:
             axes.set_ylim(bottom=0)
-        _ticks(axes.yaxis, percent if kind == "response" else number)
+        ticks(axes.yaxis, percent if kind == "response" else number)
     if kind == "response" and _wide(places, 4):
         axes.set_xscale("log", base=2)
         _fixed_ticks(axes.xaxis, sorted(set(places)))
     elif kind in {"spectrum", "energy"}:
         _index_ticks(axes.xaxis, max(places))
     else:
-        _ticks(axes.xaxis, number)
-    return _svg(figure, ident, title, summary, ())
+        ticks(axes.xaxis, number)
+    return finished(figure, ident, title, summary, ())
 
 
 def bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series]) -> str:
@@ -137,34 +145,34 @@ def bars(ident: str, title: str, summary: str, kind: str, drawn: Sequence[Series
     }
     rows = [bar for bar in named_points(drawn) if not bar[0].startswith("null")][:_BARS]
     rows = rows or named_points(drawn)[:_BARS]
-    figure, axes = _axes(left=0.37, height=0.55 + 0.19 * max(len(rows), 4))
+    figure, axes = axes_of(left=0.37, height=0.55 + 0.19 * max(len(rows), 4))
     names = []
     for row, (label, place, value, name) in enumerate(rows):
-        axes.barh(row, value, height=0.62, color=_colour(_style(label).role))
+        axes.barh(row, value, height=0.62, color=colour(style_of(label).role))
         names.append(
             f"{number(place)} · {fit(clean(name), _NAME_LENGTH)}" if name else number(place)
         )
         for (at, null), level in nulls.items():
             if at == place:
-                tone = _colour(_style(null).role)
+                tone = colour(style_of(null).role)
                 axes.plot([level, level], [row - 0.42, row + 0.42], color=tone, linewidth=1.8)
-    axes.set_yticks(range(len(rows)), [_placeholder(n) for n in range(len(rows))])
+    axes.set_yticks(range(len(rows)), [placeholder(n) for n in range(len(rows))])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.axvline(0, color=_colour("axis"), linewidth=0.8)
+    axes.axvline(0, color=colour("axis"), linewidth=0.8)
     axes.margins(x=0.08)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("cosine")
-    _ticks(axes.xaxis, number)
-    return _svg(figure, ident, title, summary, names)
+    ticks(axes.xaxis, number)
+    return finished(figure, ident, title, summary, names)
 
 
 def strips(
     ident: str, title: str, summary: str, score: float, groups: Mapping[str, Sequence[float]]
 ) -> str:
     """Groups of scores as strips of dots on one axis, a dot a model, and the score as a line."""
-    figure, axes = _axes(left=0.19, height=0.95 + 0.62 * len(groups))
+    figure, axes = axes_of(left=0.19, height=0.95 + 0.62 * len(groups))
     for row, (label, values) in enumerate(groups.items()):
-        style = _style(label)
+        style = style_of(label)
         # Spread by the golden ratio: no two neighbours on one height, and no draw.
         dots = values[:: max(-(-len(values) // DOTS), 1)]
         heights = [row + 0.66 * ((n * 0.618034) % 1 - 0.5) for n in range(len(dots))]
@@ -173,14 +181,14 @@ def strips(
             heights,
             s=9 if style.marker == "o" else 8,
             marker=style.marker,
-            color=_colour(style.role),
+            color=colour(style.role),
             alpha=0.55,
             linewidths=0,
         )
     names = [f"{label.split()[0]}\nn = {len(values)}" for label, values in groups.items()]
     axes.set_yticks(range(len(groups)), names)
     axes.set_ylim(len(groups) - 0.45, -1.0)
-    axes.plot([score, score], [-0.62, len(groups) - 0.45], **_pen(_style("this model"), 0))
+    axes.plot([score, score], [-0.62, len(groups) - 0.45], **pen(style_of("this model"), 0))
     low, high = axes.get_xlim()
     place = (score - low) / ((high - low) or 1)
     axes.annotate(
@@ -188,18 +196,18 @@ def strips(
         (score, -0.68),
         ha="left" if place < 0.2 else "right" if place > 0.8 else "center",
         va="bottom",
-        color=_colour("update"),
+        color=colour("update"),
         fontweight="bold",
     )
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("score")
-    _ticks(axes.xaxis, number)
-    return _svg(figure, ident, title, summary, ())
+    ticks(axes.xaxis, number)
+    return finished(figure, ident, title, summary, ())
 
 
 def histogram(ident: str, title: str, summary: str, drawn: Histogram, x_label: str) -> str:
     """Two groups of values as stacked bars, and the curves of the mixture that split them."""
-    figure, axes = _axes(left=0.155)
+    figure, axes = axes_of(left=0.155)
     edges, width = drawn.edges[:-1], drawn.edges[1] - drawn.edges[0]
     for label, counts, below in (
         ("left", drawn.kept, None),
@@ -211,7 +219,7 @@ def histogram(ident: str, title: str, summary: str, drawn: Histogram, x_label: s
             width=width,
             bottom=below,
             align="edge",
-            color=_colour(_style(label).role),
+            color=colour(style_of(label).role),
             linewidth=0,
             alpha=0.75,
         )
@@ -219,14 +227,14 @@ def histogram(ident: str, title: str, summary: str, drawn: Histogram, x_label: s
     for index, dashes in ((1, (3.0, 1.5)), (2, ())):  # the group set apart, the rest
         density = [point[index] for point in drawn.curve]
         style = (0, dashes) if dashes else "-"
-        axes.plot(places, density, color=_colour("ink"), linewidth=1.1, linestyle=style)
+        axes.plot(places, density, color=colour("ink"), linewidth=1.1, linestyle=style)
     most = max(a + b for a, b in zip(drawn.kept, drawn.taken, strict=True))
     axes.set_ylim(0, 1.08 * max(most, 1))
     axes.set_xlabel(x_label)
     axes.set_ylabel("samples")
-    _ticks(axes.xaxis, number)
-    _ticks(axes.yaxis, number)
-    return _svg(figure, ident, title, summary, ())
+    ticks(axes.xaxis, number)
+    ticks(axes.yaxis, number)
+    return finished(figure, ident, title, summary, ())
 
 
 def named_points(drawn: Iterable[Series]) -> list[tuple[str, float, float, str]]:
@@ -238,7 +246,8 @@ def named_points(drawn: Iterable[Series]) -> list[tuple[str, float, float, str]]
     ]
 
 
-def _axes(left: float, height: float = _SIZE[1]) -> tuple[Any, Any]:
+def axes_of(left: float, height: float = _SIZE[1]) -> tuple[Any, Any]:
+    """A figure with one pair of axes, which begin `left` of its width and have `height` inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -246,17 +255,17 @@ def _axes(left: float, height: float = _SIZE[1]) -> tuple[Any, Any]:
     FigureCanvasSVG(figure)
     bottom, top = 0.46 / height, 0.1 / height
     axes = figure.add_axes((left, bottom, 0.975 - left, 1 - bottom - top))
-    axes.grid(visible=True, color=_colour("grid"), linewidth=0.7)
+    axes.grid(visible=True, color=colour("grid"), linewidth=0.7)
     axes.set_axisbelow(True)
     for name, spine in axes.spines.items():
         spine.set_visible(name in {"left", "bottom"})
     return figure, axes
 
 
-def _pen(style: _Style, points: int) -> dict[str, Any]:
+def pen(style: _Style, points: int) -> dict[str, Any]:
     every = max(points // 12, 1)
     return {
-        "color": _colour(style.role),
+        "color": colour(style.role),
         "linewidth": style.width,
         "linestyle": (0, style.dashes) if style.dashes else "-",
         "marker": style.marker or None,
@@ -269,7 +278,8 @@ def _wide(values: Sequence[float], ratio: float) -> bool:
     return min(values) > 0 and max(values) / min(values) >= ratio
 
 
-def _ticks(axis: Any, words: Callable[[float], str]) -> None:
+def ticks(axis: Any, words: Callable[[float], str]) -> None:
+    """A few ticks on a linear axis, told by `words`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5))
@@ -325,14 +335,14 @@ def quiet_matplotlib() -> Iterator[None]:
                     "text.parse_math": False,
                     "axes.unicode_minus": False,
                     "font.size": 8.5,
-                    "text.color": _colour("ink"),
-                    "axes.labelcolor": _colour("ink"),
-                    "axes.edgecolor": _colour("axis"),
+                    "text.color": colour("ink"),
+                    "axes.labelcolor": colour("ink"),
+                    "axes.edgecolor": colour("axis"),
                     "axes.linewidth": 0.8,
-                    "xtick.color": _colour("axis"),
-                    "ytick.color": _colour("axis"),
-                    "xtick.labelcolor": _colour("ink"),
-                    "ytick.labelcolor": _colour("ink"),
+                    "xtick.color": colour("axis"),
+                    "ytick.color": colour("axis"),
+                    "xtick.labelcolor": colour("ink"),
+                    "ytick.labelcolor": colour("ink"),
                 }
             )
             yield
@@ -340,11 +350,12 @@ def quiet_matplotlib() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _placeholder(index: int) -> str:
+def placeholder(index: int) -> str:
+    """What is drawn in place of a name, which `finished` puts in."""
     return f"name{index:03d}x"
 
 
-def _svg(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]) -> str:
+def finished(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]) -> str:
     """The figure as an `<svg>` for a page: own ids, colours as variables, title and description."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -363,10 +374,10 @@ def _svg(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]
     )
     body = re.sub(r'(href="#|url\(#)([\w.]+)', rf"\1{ident}-\2", body)
     body = re.sub(r"\s*\n\s*", " ", body)
-    for role, (colour, plain) in _COLOURS.items():
-        body = body.replace(colour, f"var(--chart-{role}, {plain})")
+    for role, (drawn, plain) in _COLOURS.items():
+        body = body.replace(drawn, f"var(--chart-{role}, {plain})")
     for index, name in enumerate(names):
-        body = body.replace(f">{_placeholder(index)}<", f">{_text(name)}<")
+        body = body.replace(f">{placeholder(index)}<", f">{_text(name)}<")
     box = re.search(r'viewBox="([\d. ]+)"', frame)
     return (
         f'<svg class="chart" role="img" viewBox="{box[1] if box else "0 0 300 200"}" '
@@ -379,8 +390,8 @@ def _svg(figure: Any, ident: str, title: str, summary: str, names: Sequence[str]
 
 def swatch(label: str, bars: bool) -> str:
     """A piece of that line or bar, for the legend."""
-    style = _style(label)
-    colour = f"var(--chart-{style.role}, {_COLOURS[style.role][1]})"
+    style = style_of(label)
+    tone = f"var(--chart-{style.role}, {_COLOURS[style.role][1]})"
     dashes = " ".join(f"{style.width * dash:g}" for dash in style.dashes)
     if bars and label.startswith("null"):
         drawing = '<path d="M14 0V10" stroke-width="2"/>'
@@ -399,7 +410,7 @@ def swatch(label: str, bars: bool) -> str:
         )
     return (
         '<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true" '
-        f'style="fill:{colour};stroke:{colour}">{drawing}</svg>'
+        f'style="fill:{tone};stroke:{tone}">{drawing}</svg>'
     )
 
 

@@ -151,6 +151,8 @@ def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
     for number_, one in enumerate(evidence.open[:2]):
         head = "" if number_ else "unprompted"
         lines += _lines(head, f"on ordinary images {said.openly(evidence, one)}", 2)
+    if evidence.refusals is not None:
+        lines += _lines("refusals", said.refused(evidence.refusals), 3)
     if payload is not None:
         lines += _lines("asked", said.asked(evidence), 1)
     if evidence.stopped != "plan" or evidence.probes < evidence.planned:

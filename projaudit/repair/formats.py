@@ -9,7 +9,7 @@ from typing import Any
 
 from projaudit.formats import FORMATS
 from projaudit.formats.charts import Chart, charts
-from projaudit.formats.html import environment
+from projaudit.formats.html import templates
 from projaudit.formats.wording import number, percent, plural, values, verdict_word
 from projaudit.inert import clean
 from projaudit.repair.files import MODEL
@@ -116,7 +116,7 @@ def _chosen(done: Repair) -> dict[str, Any]:
 
 def render_html(done: Repair) -> str:
     """The page, ending in a newline; every name in it is inert."""
-    page = environment().get_template("repair.html.j2")
+    page = templates().get_template("repair.html.j2")
     return page.render(done=done, rows=rows(done), pictures=_pictures(done)) + "\n"
 
 

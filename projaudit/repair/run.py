@@ -12,10 +12,11 @@ from projaudit import __version__
 from projaudit.adapters import fit
 from projaudit.against_base import counterpart
 from projaudit.audit import check
-from projaudit.behaviour.hear import Asked, Part, by_role, mend
+from projaudit.behaviour import sandbox
+from projaudit.behaviour.hear import Asked, Part, budget_of, by_role, staged
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.errors import BaseError, UnsupportedError
-from projaudit.evidence import Mended
+from projaudit.evidence import Mended, from_plain
 from projaudit.listening import models_differ, teller, wish
 from projaudit.opened import found_in, open_bases, open_target
 from projaudit.repair.files import (
@@ -37,6 +38,7 @@ from projaudit.source import parse_ref
 if TYPE_CHECKING:
     import torch
 
+CHILD = ("-m", "projaudit.repair.child")
 AFRESH = 1_000_003
 """From the seed of the audit before to that of the one after."""
 _BY_HAND = "--method top-k:2, shrink:0.5, clip or revert does what you name"
@@ -176,15 +178,36 @@ def _mended(session: Session, before: Report, ours: Part, theirs: Part, asked: A
         raise CouldNotProbe(f"behaviour was not probed ({before.not_probed})")
     if strength(before) is None:
         raise CouldNotProbe("the budget was spent before the plan was through (--budget)")
-    found = mend(
+    first, last = ours.projector.path[0], ours.projector.path[-1]
+    if last.layout != "plain" or first.layout != "plain":
+        raise CouldNotProbe("the weights of its projector are those of no linear layers")
+    device = find_device(session.settings.device)
+    with staged(
         ours,
         theirs,
-        asked,
         other_model=models_differ(before.coverage),
-        device=find_device(session.settings.device),
+        device=device,
         seed=session.settings.seed,
-        progress=teller(session),
-    )
+    ) as ready:
+        answer = sandbox.run(
+            {
+                **ready.request,
+                "prompts": None if asked.prompts is None else list(asked.prompts),
+                "images": None if asked.images is None else list(asked.images),
+                "requests": None,
+                "budget": budget_of(ours.checkpoint, asked),
+                "last": last.weight,
+                "last_bias": last.bias,
+                "matrices": [layer.weight for layer in ours.projector.path],
+            },
+            **ready.limits,
+            progress=teller(session),
+            child=CHILD,
+        )
+    try:
+        found: Mended = from_plain(Mended, answer)
+    except (ValueError, OverflowError) as error:  # an integer that no float can hold
+        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
     if not found.tried:
         raise CouldNotProbe("no probe that brings the text out can be asked of another projector")
     return found

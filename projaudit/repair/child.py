@@ -1,0 +1,15 @@
+"""The confined process that a repair is chosen in."""
+
+from __future__ import annotations
+
+from projaudit.behaviour.child import Work, main
+
+
+def _mending() -> Work:
+    from projaudit.behaviour.mend import mend
+
+    return mend
+
+
+if __name__ == "__main__":
+    main(_mending)
