@@ -74,7 +74,7 @@ def repair(
     named = parse_method(method)
     ref = parse_ref(target, revision)
     require_new(output, ref.path)
-    wanted = wish("auto", prompts, images, budget, calibration)
+    wanted = wish("auto", prompts, images, None, budget, calibration)
     settings = settle({}, device=device, rank=None, seed=seed, verify=None, offline=offline)
     options: dict[str, Any] = {
         "depth": "behaviour" if named is None else "auto",
