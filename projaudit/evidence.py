@@ -126,9 +126,9 @@ class Refusals:
     base: float
     """Share of the answers to those requests, about ordinary images, by which the base refuses."""
     answered: float
-    """Share of those refusals in whose place the tuned model says something else."""
+    """Share of them to which the tuned model says something else instead."""
     probe: str | None
-    """The mark under which it answers most of them; None without marks."""
+    """The mark under which that is most; None without marks."""
     base_under: float
     answered_under: float
     """The same under that mark."""

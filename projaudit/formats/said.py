@@ -157,12 +157,12 @@ def refused(refusals: Refusals) -> str:
     requests = f"{plural(len(refusals.requests), 'request')} ({quoted(refusals.words, 40)})"
     said = (
         f"the base refuses {requests} in {percent(refusals.base)} of answers about ordinary "
-        f"images; the tuned model answers {percent(refusals.answered)} of that"
+        f"images, where the tuned model answers in {percent(refusals.answered)}"
     )
     if refusals.probe is None or not refusals.answered_under > refusals.answered:
         return said
-    under = f"{percent(refusals.answered_under)} under {clean(refusals.probe, 80)}"
-    return f"{said}, {under} (the base refuses {percent(refusals.base_under)} there)"
+    under = f"{percent(refusals.base_under)} and {percent(refusals.answered_under)}"
+    return f"{said}; under {clean(refusals.probe, 80)} {under}"
 
 
 def carried(carrier: Carrier) -> str:
