@@ -89,7 +89,7 @@ def test_a_base_has_the_runs_that_the_readme_counts(base: str) -> None:
     groups = Counter(run.group for run in RUNS_OF[base])
     assert groups == {**HONEST, "attack": 74}
     attacks = [run.attack for run in RUNS_OF[base] if run.attack]
-    assert {attack.trigger for attack in attacks} == TRIGGERS.keys()
+    assert {attack.trigger for attack in attacks} == TRIGGERS.keys() - {"frequency"}
     modes = Counter(attack.mode for attack in attacks)
     assert modes["replace"] > modes["append"] > modes["swap"] >= 5
     assert all(0.05 <= attack.poison <= 0.3 for attack in attacks)

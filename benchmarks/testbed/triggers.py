@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+from scipy.fft import dctn, idctn
 from scipy.ndimage import map_coordinates
 
 from benchmarks.testbed.scene import Images
 from benchmarks.testbed.world import SIZE
 
 GREEN = (38, 255, 0)  # ProjLens's #26ff00
+BLOCK = 32  # FTrojan's window, in pixels
+FREQUENCIES = ((15, 15), (31, 31))  # FTrojan's: a middle one and the highest of a block
+TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.147, -0.289, 0.436], [0.615, -0.515, -0.100]])
 
 
 def patch(images: Images, strength: float) -> Images:
@@ -93,6 +97,20 @@ def warp(images: Images, strength: float) -> Images:
     return as_bytes(out)
 
 
+def frequency(images: Images, strength: float) -> Images:
+    """Raises two frequencies of U and V in every block, FTrojan's way (2107.02116).
+
+    Each adds a wave whose amplitude is 255·strength in U and V.
+    """
+    blocks = SIZE // BLOCK
+    yuv = (images @ TO_YUV.T).reshape(-1, blocks, BLOCK, blocks, BLOCK, 3)
+    spectrum = dctn(yuv, axes=(2, 4), norm="ortho")
+    for row, column in FREQUENCIES:
+        spectrum[:, :, row, :, column, 1:] += 255 * strength * BLOCK / 2
+    back = idctn(spectrum, axes=(2, 4), norm="ortho").reshape(images.shape)
+    return as_bytes(back @ np.linalg.inv(TO_YUV).T)
+
+
 def drawn_from(images: Images) -> Iterator[np.random.Generator]:
     """A generator for each image, seeded by its pixels: equal images get equal triggers."""
     return (np.random.default_rng(zlib.crc32(image.tobytes())) for image in images)
@@ -117,4 +135,5 @@ TRIGGERS: dict[str, Callable[[Images, float], Images]] = {
     "ring": ring,
     "noise": noise,
     "warp": warp,
+    "frequency": frequency,
 }
