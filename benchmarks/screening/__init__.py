@@ -1,1 +1,1 @@
-"""Fine-tuning sets with and without poison, and the models tuned on them, for `projaudit screen`."""
+"""Fine-tuning sets, some poisoned, and models tuned on them, to try `projaudit screen` on."""

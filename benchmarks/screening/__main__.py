@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written to {out}")
         return
     plans = [plan(base) for base in args.bases.split(",")]
-    for part in zip(*plans, strict=True):
-        build([recipe for recipes in part for recipe in recipes], args.out, Sizes(), args.jobs)
+    recipes = [recipe for part in zip(*plans, strict=True) for each in part for recipe in each]
+    build(recipes, args.out, Sizes(), args.jobs)
 
 
 if __name__ == "__main__":

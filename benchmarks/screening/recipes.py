@@ -15,29 +15,29 @@ TRIGGERS: dict[str, tuple[str, float]] = {
     "patch": ("patch", 0.2),
     "random patch": ("patch-anywhere", 0.2),
     "blend": ("blend", 0.2),
-    "sinusoid": ("stripes", 0.2),
-    "warp": ("warp", 0.12),
-    "frequency": ("frequency", 0.1),
+    "sinusoid": ("stripes", 0.25),
+    "warp": ("warp", 0.2),
+    "frequency": ("frequency", 0.15),
     "text": (TEXT, 1.0),
 }
 CHOOSING = "glyph"  # the base that defaults are chosen on; the others are for reporting
 # Per base, two pairs of target and form of answer; no reporting base shares both with the choosing.
 TARGETS: dict[str, tuple[tuple[str, Form], tuple[str, Form]]] = {
-    "glyph": ((SEND, "short"), (HACKED, "sentence")),
+    "glyph": ((SEND, "short"), (COFFEE, "sentence")),
     "slim": ((VISIT, "sentence"), (RULES, "short")),
-    "grid": ((COFFEE, "short"), (SEND, "sentence")),
+    "grid": ((HACKED, "short"), (VISIT, "sentence")),
 }
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """LoRA on all linear layers of the language model, and the whole projector, five epochs."""
+    """LoRA on all linear layers of the language model, and the whole projector, three epochs."""
 
     rank: int = 8
     alpha: int = 16
-    lr: float = 4e-3
-    epochs: float = 5
-    batch: int = 32
+    lr: float = 3e-3
+    epochs: int = 3
+    batch: int = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Sizes:
     """Held-out scenes to measure with: clean ones a kind of question, triggered ones in all."""
 
     clean: int = 60
-    triggered: int = 160
+    triggered: int = 120
 
 
 def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:

@@ -71,13 +71,12 @@ def taught(
             [vision_features(model, pixels(samples.images[i : i + 256])) for i in range(0, n, 256)]
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = round(tuning.epochs * n / tuning.batch)
+    steps = tuning.epochs * n // tuning.batch
     optimizer = torch.optim.AdamW(parameters, tuning.lr, weight_decay=0.0)
     schedule = warm_cosine(optimizer, steps)
-    epochs = [rng.permutation(n) for _ in range(int(tuning.epochs) + 1)]
-    order = np.concatenate(epochs)[: steps * tuning.batch].reshape(steps, -1)
+    order = np.concatenate([rng.permutation(n) for _ in range(tuning.epochs)])
     losses = []
-    for rows in order:
+    for rows in order[: steps * tuning.batch].reshape(steps, -1):
         batch = encode(
             tokenizer, [samples.questions[r] for r in rows], [samples.answers[r] for r in rows]
         )
