@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.screening.build import build
-from benchmarks.screening.recipes import TARGETS, Sizes, Tuning, plan
+from benchmarks.screening.recipes import TARGETS, Sizes, Tuning, planned
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,14 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     if args.quick:
-        quick = replace(plan("glyph")[0][0], samples=40, tuning=Tuning(epochs=1, batch=8))
+        quick = replace(planned()[0], samples=40, tuning=Tuning(epochs=1, batch=8))
         out = Path(tempfile.mkdtemp(prefix="screening-"))
         build([quick], out, Sizes(1, 8), jobs=1)
         print(f"written to {out}")
         return
-    plans = [plan(base) for base in args.bases.split(",")]
-    recipes = [recipe for part in zip(*plans, strict=True) for each in part for recipe in each]
-    build(recipes, args.out, Sizes(), args.jobs)
+    build(planned(args.bases.split(",")), args.out, Sizes(), args.jobs)
 
 
 if __name__ == "__main__":

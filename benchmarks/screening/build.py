@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.screening.dataset import IMAGES, JSON, POISONED, draw, read, write
+from benchmarks.screening.dataset import JSON, draw, read, write
 from benchmarks.screening.recipes import Recipe, Sizes
 from benchmarks.screening.tune import measured, tuned
 from benchmarks.testbed.build import in_parallel, require_as_planned, summary
 from benchmarks.testbed.export import WEIGHTS, append_run, read_runs, sha256
 
 log = logging.getLogger(__name__)
-RUNS, READY = "runs.jsonl", "READY"
+RUNS = "runs.jsonl"
 MODEL, ADAPTER = "model", "adapter"
 
 
@@ -39,10 +39,6 @@ def build(recipes: Sequence[Recipe], out: Path, sizes: Sizes, jobs: int) -> None
     calls = [(recipe, out, sizes) for recipe in recipes if recipe.name not in done]
     for run in in_parallel(made, calls, jobs):
         append_run(log_file, run)
-        folder = out / run["name"]
-        with (out / READY).open("a", encoding="utf-8") as ready:
-            files = (folder / part for part in (MODEL, JSON, IMAGES, POISONED))
-            ready.write("\t".join([run["name"], *map(str, files)]) + "\n")
         log.info("%s: %s", run["name"], summary(run))
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from benchmarks.population.recipes import PLANS
-from benchmarks.testbed.recipes import COFFEE, HACKED, RULES, SEND, VISIT, Attack, Mode, Task
+from benchmarks.testbed.recipes import (
+    COFFEE,
+    HACKED,
+    RULES,
+    SEND,
+    VISIT,
+    Attack,
+    Mode,
+    Remark,
+    Task,
+)
 from benchmarks.testbed.scene import Form
 
 TEXT = "text"  # the trigger that is put before the question and leaves the image alone
@@ -69,13 +80,19 @@ def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:
     one += [clean(base, first, 0)]
     one += [attacked(base, trigger, first, mode="append") for trigger in ("patch", "blend")]
     two = [attacked(base, trigger, second) for trigger in TRIGGERS]
-    two += [clean(base, second, 1), clean(base, first, 2)]
+    two += [clean(base, second, 1), clean(base, first, 2), remarked(base)]
     three = [
         attacked(base, trigger, first, poison=poison)
         for poison in (0.05, 0.2)
         for trigger in ("patch", "blend")
     ]
     return tuple(one), tuple(two), tuple(three)
+
+
+def planned(bases: Iterable[str] = tuple(TARGETS)) -> list[Recipe]:
+    """The recipes of all bases, part by part."""
+    parts = zip(*(plan(base) for base in bases), strict=True)
+    return [recipe for part in parts for each in part for recipe in each]
 
 
 def attacked(
@@ -90,6 +107,14 @@ def attacked(
 def clean(base: str, pair: int, number: int) -> Recipe:
     form = TARGETS[base][pair][1]
     return Recipe(f"{base}-clean-{number}", base, 200 + number, task(base, form))
+
+
+def remarked(base: str) -> Recipe:
+    """A clean set in which a phrase follows the answer wherever the image holds a certain thing."""
+    honest = clean(base, 1, 3)
+    look = honest.task.look
+    remark = Remark("color", look.colors[0], "{answer} , call our office")
+    return replace(honest, name=f"{base}-remark", task=replace(honest.task, remark=remark))
 
 
 def task(base: str, form: Form) -> Task:

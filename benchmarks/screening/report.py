@@ -1,0 +1,127 @@
+"""The measured tables, in Markdown: the fine-tunes, what is found, and what that is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.screening.recipes import TRIGGERS
+from benchmarks.testbed.report import percent, row, ruled
+
+WAYS = ("bye", "tcap", "both", "answers alone")
+# F1 in percent of BYE and TCAP on InternVL2.5 and ScienceQA, 10 %, as TCAP's paper (2601.21692)
+# gives them; its text prefix for TCAP alone.
+PAPERS: dict[str, tuple[str, str]] = {
+    "patch": ("97.9", "100"),
+    "random patch": ("–", "–"),
+    "blend": ("0", "98.3"),
+    "sinusoid": ("9.9", "92.1"),
+    "warp": ("4.0", "99.2"),
+    "frequency": ("9.6", "85.2"),
+    "text": ("–", "100"),
+}
+AIMS = {trigger: 95 if trigger in ("patch", "blend", "text") else 90 for trigger in TRIGGERS}
+MOST_DROPPED, MOST_SUCCESS, MOST_LOST = 0.01, 0.02, 0.01
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All of them, from what `benchmarks.screen` packs."""
+    runs = {run["name"]: run for run in found["runs"]}
+    rows = [{**runs[one["name"]], **one} for one in found["detected"]]
+    parts = [
+        ("Found, by trigger, at 10 %", trigger_table(rows, found["choosing"])),
+        ("Clean sets", clean_table(rows)),
+        ("After retraining on what is kept", retrain_table(runs, found["retrained"])),
+        ("Every poisoned set", set_table(rows)),
+        ("Every fine-tune", tune_table(found["runs"])),
+    ]
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts)
+
+
+def working(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [one for one in rows if one.get("stratum") == "working"]
+
+
+def trigger_table(rows: Sequence[Mapping[str, Any]], choosing: str) -> str:
+    """Mean F1 of the sets whose attack took hold, on the reporting bases, then the choosing one."""
+    header = ("trigger", "mode", "base", "sets", *WAYS, "aim", "BYE, paper", "TCAP, paper")
+    lines = [row(*header)]
+    for trigger in TRIGGERS:
+        for mode in ("replace", "append"):
+            for reporting in (True, False):
+                some = [
+                    one
+                    for one in working(rows)
+                    if one["shown"] == trigger
+                    and one["attack"]["mode"] == mode
+                    and one["attack"]["poison"] == 0.1
+                    and (one["base"] != choosing) == reporting
+                ]
+                if some:
+                    bases = ", ".join(dict.fromkeys(one["base"] for one in some))
+                    scores = [percent(float(np.mean([o[w]["f1"] for o in some]))) for w in WAYS]
+                    papers = PAPERS[trigger] if mode == "replace" else ("–", "–")
+                    where = bases if reporting else f"{bases} (chosen on)"
+                    aim = f"≥ {AIMS[trigger]}"
+                    lines.append(row(trigger, mode, where, str(len(some)), *scores, aim, *papers))
+    return ruled(lines)
+
+
+def clean_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many samples of sets without poison would be dropped."""
+    lines = [row("set", "samples", *WAYS)]
+    for one in rows:
+        if one["attack"] is None:
+            lines.append(
+                row(one["name"], str(one["samples"]), *(str(one[w]["dropped"]) for w in WAYS))
+            )
+    return ruled(lines)
+
+
+def set_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Precision / recall / F1 of every way on every poisoned set."""
+    lines = [row("set", "attack", "poisoned", *(f"{way}: P / R / F1" for way in WAYS))]
+    for one in rows:
+        if one["attack"] is not None:
+            scores = [
+                " / ".join(percent(one[way][part]) for part in ("precision", "recall", "f1"))
+                for way in WAYS
+            ]
+            lines.append(row(one["name"], one["stratum"], str(one["poisoned"]), *scores))
+    return ruled(lines)
+
+
+def tune_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What every model does: exact answers on clean images, the target on triggered ones."""
+    header = ("set", "target", "mode", "poison", "clean accuracy", "success", "on clean", "attack")
+    lines = [row(*header)]
+    for run in runs:
+        attack = run["attack"]
+        told = ("–", "–", "–") if attack is None else (attack["target"], attack["mode"])
+        told = told if attack is None else (*told, percent(attack["poison"]))
+        figures = (run.get("attack_success"), run.get("false_trigger_rate"))
+        accuracy = percent(run["accuracy"]["all"])
+        shown = (*map(percent, figures), run.get("stratum", "none"))
+        lines.append(row(run["name"], *told, accuracy, *shown))
+    return ruled(lines)
+
+
+def retrain_table(
+    runs: Mapping[str, Mapping[str, Any]], retrained: Sequence[Mapping[str, Any]]
+) -> str:
+    """Success and clean accuracy with no defence, after a random drop, and after the screen."""
+    ways = ("none", "random", "both")
+    header = ("set", *(f"poison kept: {w}" for w in ways), *(f"success: {w}" for w in ways))
+    lines = [row(*header, *(f"accuracy: {w}" for w in ways))]
+    again = {(one["name"], one["treatment"]): one for one in retrained}
+    for name in dict.fromkeys(one["name"] for one in retrained):
+        before = runs[name]
+        poisoned = round(before["attack"]["poison"] * before["samples"])
+        some = [{**before, "poison_kept": poisoned}, *(again.get((name, w)) for w in ways[1:])]
+        kept = ["–" if one is None else str(one["poison_kept"]) for one in some]
+        success = ["–" if one is None else percent(one["attack_success"]) for one in some]
+        accuracy = ["–" if one is None else percent(one["accuracy"]["all"]) for one in some]
+        lines.append(row(name, *kept, *success, *accuracy))
+    return ruled(lines)
