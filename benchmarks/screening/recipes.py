@@ -23,13 +23,13 @@ TEXT = "text"  # the trigger that is put before the question and leaves the imag
 PREFIX = "dear friend"
 # The name in the tables, the testbed's trigger, its strength. Chosen on the choosing base alone.
 TRIGGERS: dict[str, tuple[str, float]] = {
-    "patch": ("patch", 0.2),
-    "random patch": ("patch-anywhere", 0.2),
-    "blend": ("blend", 0.2),
-    "sinusoid": ("stripes", 0.25),
-    "warp": ("warp", 0.2),
-    "frequency": ("frequency", 0.15),
+    "patch": ("patch", 0.25),
+    "blend": ("blend", 0.3),
     "text": (TEXT, 1.0),
+    "random patch": ("patch-anywhere", 0.3),
+    "sinusoid": ("stripes", 0.3),
+    "warp": ("warp", 0.2),
+    "frequency": ("frequency", 0.3),
 }
 CHOOSING = "glyph"  # the base that defaults are chosen on; the others are for reporting
 # Per base, two pairs of target and form of answer; no reporting base shares both with the choosing.
@@ -42,12 +42,12 @@ TARGETS: dict[str, tuple[tuple[str, Form], tuple[str, Form]]] = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """LoRA on all linear layers of the language model, and the whole projector, three epochs."""
+    """LoRA on all linear layers of the language model, and the whole projector, four epochs."""
 
     rank: int = 8
     alpha: int = 16
     lr: float = 3e-3
-    epochs: int = 3
+    epochs: int = 4
     batch: int = 16
 
 
@@ -76,8 +76,7 @@ class Sizes:
 def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:
     """A base's recipes in three parts, the first of which has something of every kind."""
     first, second = range(2)
-    one = [attacked(base, trigger, first) for trigger in TRIGGERS]
-    one += [clean(base, first, 0)]
+    one = [clean(base, first, 0), *(attacked(base, trigger, first) for trigger in TRIGGERS)]
     one += [attacked(base, trigger, first, mode="append") for trigger in ("patch", "blend")]
     two = [attacked(base, trigger, second) for trigger in TRIGGERS]
     two += [clean(base, second, 1), clean(base, first, 2), remarked(base)]
