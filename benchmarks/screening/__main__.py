@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     if args.quick:
-        quick = replace(planned()[1], samples=40, tuning=Tuning(epochs=1, batch=8))
+        quick = replace(planned()[len(TARGETS)], samples=40, tuning=Tuning(epochs=1, batch=8))
         out = Path(tempfile.mkdtemp(prefix="screening-"))
         build([quick], out, Sizes(1, 8), jobs=1)
         print(f"written to {out}")

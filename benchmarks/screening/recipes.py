@@ -89,9 +89,9 @@ def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:
 
 
 def planned(bases: Iterable[str] = tuple(TARGETS)) -> list[Recipe]:
-    """The recipes of all bases, part by part."""
+    """The recipes of all bases, part by part, bases in turn."""
     parts = zip(*(plan(base) for base in bases), strict=True)
-    return [recipe for part in parts for each in part for recipe in each]
+    return [recipe for part in parts for turn in zip(*part, strict=True) for recipe in turn]
 
 
 def attacked(
