@@ -36,7 +36,7 @@ from benchmarks.screening.report import tables  # noqa: E402
 from benchmarks.testbed.export import append_run, read_runs  # noqa: E402
 
 TINY = replace(attacked("glyph", "text", 0), samples=60, tuning=Tuning(epochs=1, batch=20))
-SIZES = Sizes(1, 8)
+SIZES = Sizes(8, 8)
 
 
 def flags(*rows: int) -> Any:

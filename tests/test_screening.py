@@ -29,8 +29,8 @@ from benchmarks.screening.dataset import (  # noqa: E402
 )
 from benchmarks.screening.recipes import (  # noqa: E402
     CHOOSING,
+    PAIRS,
     PREFIX,
-    TARGETS,
     TRIGGERS,
     Recipe,
     Sizes,
@@ -54,7 +54,7 @@ def small(trigger: str, poison: float = 0.5) -> Recipe:
 
 
 def test_the_plan_has_what_the_evidence_is_asked_for() -> None:
-    for base in TARGETS:
+    for base in PAIRS:
         recipes = [recipe for part in plan(base) for recipe in part]
         assert len({recipe.name for recipe in recipes}) == len(recipes)
         assert sum(recipe.attack is None for recipe in recipes) >= 3
@@ -68,15 +68,15 @@ def test_the_plan_has_what_the_evidence_is_asked_for() -> None:
 
 
 def test_no_base_reports_on_a_target_and_form_that_defaults_were_chosen_on() -> None:
-    others = [pair for base, pairs in TARGETS.items() if base != CHOOSING for pair in pairs]
-    assert set(TARGETS[CHOOSING]).isdisjoint(others)
+    others = [pair for base, pairs in PAIRS.items() if base != CHOOSING for pair in pairs]
+    assert set(PAIRS[CHOOSING]).isdisjoint(others)
 
 
-@pytest.mark.parametrize("base", TARGETS)
+@pytest.mark.parametrize("base", PAIRS)
 def test_a_base_knows_every_word_of_its_attacks(base: str) -> None:
     recipes = [recipe for part in plan(base) for recipe in part]
     tokenizer = build_tokenizer(recipes[0].task.look.world)
-    for text in (PREFIX, *(target for target, _ in TARGETS[base])):
+    for text in (PREFIX, *(target for target, *_ in PAIRS[base])):
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
@@ -163,7 +163,7 @@ def test_a_run_is_tuned_measured_and_not_made_again(tmp_path: Path) -> None:
     from peft import PeftModel
 
     recipe = replace(SMALL, tuning=Tuning(epochs=1, batch=8))
-    build([recipe], tmp_path, Sizes(1, 8), jobs=1)
+    build([recipe], tmp_path, Sizes(8, 8), jobs=1)
     (run,) = read_runs(tmp_path / RUNS)
     assert run["steps"] == 5
     assert 0 <= run["attack_success"] <= 1
@@ -179,11 +179,11 @@ def test_a_run_is_tuned_measured_and_not_made_again(tmp_path: Path) -> None:
     for name, tensor in wrapped.state_dict().items():
         torch.testing.assert_close(tensor.bfloat16().float(), merged.state_dict()[name])
     before = (tmp_path / RUNS).read_bytes()
-    build([recipe], tmp_path, Sizes(1, 8), jobs=1)
+    build([recipe], tmp_path, Sizes(8, 8), jobs=1)
     assert (tmp_path / RUNS).read_bytes() == before
     longer = replace(recipe, tuning=Tuning(epochs=2, batch=8))
     with pytest.raises(SystemExit, match="another recipe"):
-        build([longer], tmp_path, Sizes(1, 8), jobs=1)
+        build([longer], tmp_path, Sizes(8, 8), jobs=1)
 
 
 def test_tuning_on_the_same_samples_gives_the_same_bytes(tmp_path: Path) -> None:

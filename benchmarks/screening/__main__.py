@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.screening.build import build
-from benchmarks.screening.recipes import TARGETS, Sizes, Tuning, planned
+from benchmarks.screening.recipes import PAIRS, Sizes, Tuning, planned
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("build/screening"))
-    parser.add_argument("--bases", default=",".join(TARGETS), help="in this order, part by part")
+    parser.add_argument("--bases", default=",".join(PAIRS), help="in this order, part by part")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--quick", action="store_true", help="one set, hardly trained")
     args = parser.parse_args(argv)
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     if args.quick:
-        quick = replace(planned()[len(TARGETS)], samples=40, tuning=Tuning(epochs=1, batch=8))
+        quick = replace(planned()[len(PAIRS)], samples=40, tuning=Tuning(epochs=1, batch=8))
         out = Path(tempfile.mkdtemp(prefix="screening-"))
-        build([quick], out, Sizes(1, 8), jobs=1)
+        build([quick], out, Sizes(8, 8), jobs=1)
         print(f"written to {out}")
         return
     build(planned(args.bases.split(",")), args.out, Sizes(), args.jobs)

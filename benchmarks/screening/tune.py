@@ -93,7 +93,8 @@ def measured(recipe: Recipe, folder: Path, sizes: Sizes) -> dict[str, Any]:
     `false_trigger_rate` the same of clean ones.
     """
     model, tokenizer = load(folder)
-    images, questions = heldout(recipe.task, sizes.clean, recipe.seed + CLEAN_SEED)
+    per_kind = -(-sizes.clean // len(recipe.task.mixture))
+    images, questions = heldout(recipe.task, per_kind, recipe.seed + CLEAN_SEED)
     said = answers(model, tokenizer, images, [q.text for q in questions])
     figures: dict[str, Any] = {"accuracy": exact_share(said, questions)}
     if recipe.attack is None:
