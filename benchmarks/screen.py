@@ -21,10 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from projaudit.screen.detect import Method, Screening, screen
-from projaudit.screen.profiles import Profiles, read_profiles
-from projaudit.screen.profiling import profile
-from projaudit.screen.samples import open_dataset
+from sklearn.metrics import roc_auc_score
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.screening.build import MODEL, RUNS
@@ -34,6 +31,10 @@ from benchmarks.screening.report import tables
 from benchmarks.screening.tune import measured, tuned
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.export import append_run, read_runs
+from projaudit.screen.detect import Method, Screening, screen
+from projaudit.screen.profiles import Profiles, read_profiles
+from projaudit.screen.profiling import profile
+from projaudit.screen.samples import open_dataset
 
 log = logging.getLogger(__name__)
 BUILT = Path("build/screening")
@@ -74,15 +75,33 @@ def detected(name: str, built: Path) -> dict[str, Any]:
     """Counts of each method on one set, and of the answers alone, without any attention."""
     found = screened(name, built)
     bad = read_poisoned(built / name)
-    ids = read_profiles(built / name / PROFILES).ids
+    profiles = read_profiles(built / name / PROFILES)
+    ids = profiles.ids
     poisoned = np.array([id_ in bad for id_ in ids])
     row: dict[str, Any] = {"name": name, "samples": len(ids), "poisoned": int(poisoned.sum())}
+    if poisoned.any():
+        row["auroc"] = {
+            "entropy": best_auroc(profiles.entropy[:, 0], poisoned),
+            "shares": best_auroc(profiles.shares[:, 0], poisoned),
+            "before the text": max((d.auroc or 0 for d in found["both"].confirmed), default=None),
+        }
     for method, one in found.items():
         row[method] = counts(one.dropped, poisoned) | {"nothing": list(one.nothing)}
     texts = [text.payload.holders for text in found["both"].departures]
     alone = np.any(texts, axis=0) if texts else np.zeros(len(ids), bool)
     row["answers alone"] = counts(alone, poisoned)
     return row
+
+
+def best_auroc(values: npt.NDArray[np.float32], poisoned: Bools) -> float:
+    """How well the best layer, or head and share, tells the poisoned, chosen knowing which are.
+
+    `values` (samples, …) of one row of attention. Either sign; no method can do that well without
+    knowing the truth.
+    """
+    columns = values.reshape(len(values), -1).T
+    found = [roc_auc_score(poisoned, column) for column in columns if np.isfinite(column).all()]
+    return max((max(area, 1 - area) for area in found), default=0.5)
 
 
 def counts(dropped: Bools, poisoned: Bools) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def tables(found: Mapping[str, Any]) -> str:
     rows = [{**runs[one["name"]], **one} for one in found["detected"]]
     parts = [
         ("Found, by trigger, at 10 %", trigger_table(rows, found["choosing"])),
+        ("What the attention could tell", attention_table(rows)),
         ("Clean sets", clean_table(rows)),
         ("After retraining on what is kept", retrain_table(runs, found["retrained"])),
         ("Every poisoned set", set_table(rows)),
@@ -66,6 +67,16 @@ def trigger_table(rows: Sequence[Mapping[str, Any]], choosing: str) -> str:
                     where = bases if reporting else f"{bases} (chosen on)"
                     aim = f"≥ {AIMS[trigger]}"
                     lines.append(row(trigger, mode, where, str(len(some)), *scores, aim, *papers))
+    return ruled(lines)
+
+
+def attention_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """AUROC of the best layer and of the best head's share, chosen knowing the truth."""
+    told = ("entropy", "shares", "before the text")
+    lines = [row("set", *("best entropy", "best head", "row before the text, held out"))]
+    for one in working(rows):
+        areas = [one["auroc"][which] for which in told]
+        lines.append(row(one["name"], *("–" if a is None else f"{a:.2f}" for a in areas)))
     return ruled(lines)
 
 
