@@ -131,7 +131,7 @@ def to_retrain(built: Path, bases: set[str]) -> Iterator[tuple[str, str]]:
 def retrained(
     name: str, treatment: str, built: Path, recipe: Recipe, sizes: Sizes
 ) -> dict[str, Any]:
-    """Figures of a model tuned on what one treatment keeps of a set."""
+    """Figures of a model tuned on what one treatment keeps of a set; None where that is nothing."""
     folder = built / name
     profiles = read_profiles(folder / PROFILES)
     dropped = screened(name, built, ("both",))["both"].dropped
@@ -141,13 +141,12 @@ def retrained(
     gone = {id_ for id_, is_gone in zip(profiles.ids, dropped, strict=True) if is_gone}
     samples = read(folder)
     rows = [row for row, id_ in enumerate(samples.ids) if id_ not in gone]
-    out = built / "retrained" / f"{name}-{treatment}"
-    learned = tuned(recipe, samples.at(rows), None, out)
-    figures = measured(recipe, out, sizes)
     left = len(read_poisoned(folder) - gone)
-    return {"name": name, "treatment": treatment, "kept": len(rows), "poison_kept": left} | (
-        learned | figures
-    )
+    row = {"name": name, "treatment": treatment, "kept": len(rows), "poison_kept": left}
+    if len(rows) < recipe.tuning.batch:  # nothing to tune on
+        return row | {"accuracy": {"all": None}, "attack_success": None}
+    out = built / "retrained" / f"{name}-{treatment}"
+    return row | tuned(recipe, samples.at(rows), None, out) | measured(recipe, out, sizes)
 
 
 def results(built: Path) -> dict[str, Any]:
