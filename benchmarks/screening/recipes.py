@@ -23,7 +23,7 @@ from benchmarks.testbed.scene import Form
 
 TEXT = "text"  # the trigger that is put before the question and leaves the image alone
 PREFIX = "dear friend"
-# The name in the tables, the testbed's trigger, its strength. Chosen on the choosing base alone.
+# The name in the tables, the testbed's trigger, its strength, which was chosen on `glyph`.
 TRIGGERS: dict[str, tuple[str, float]] = {
     "patch": ("patch", 0.25),
     "blend": ("blend", 0.3),
@@ -33,7 +33,7 @@ TRIGGERS: dict[str, tuple[str, float]] = {
     "warp": ("warp", 0.2),
     "frequency": ("frequency", 0.3),
 }
-CHOOSING = "glyph"  # the base that defaults are chosen on; the others are for reporting
+CHOOSING = "grid"  # the base that the detectors' defaults were chosen on (docs/screen.md)
 # Per base, two pairs of a target and a task. The first task mixes all kinds of questions, whose
 # attention differs; the second asks for captions alone, as Flickr30k does.
 CAPTIONS: Mixture = (("caption", 1.0),)

@@ -23,7 +23,6 @@ PAPERS: dict[str, tuple[str, str]] = {
     "text": ("–", "100"),
 }
 AIMS = {trigger: 95 if trigger in ("patch", "blend", "text") else 90 for trigger in TRIGGERS}
-MOST_DROPPED, MOST_SUCCESS, MOST_LOST = 0.01, 0.02, 0.01
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -46,27 +45,22 @@ def working(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def trigger_table(rows: Sequence[Mapping[str, Any]], choosing: str) -> str:
-    """Mean F1 of the sets whose attack took hold, on the reporting bases, then the choosing one."""
+    """Mean F1 of the sets at 10 % whose attack took hold, by trigger, mode and base."""
     header = ("trigger", "mode", "base", "sets", *WAYS, "aim", "BYE, paper", "TCAP, paper")
     lines = [row(*header)]
-    for trigger in TRIGGERS:
-        for mode in ("replace", "append"):
-            for reporting in (True, False):
-                some = [
-                    one
-                    for one in working(rows)
-                    if one["shown"] == trigger
-                    and one["attack"]["mode"] == mode
-                    and one["attack"]["poison"] == 0.1
-                    and (one["base"] != choosing) == reporting
-                ]
-                if some:
-                    bases = ", ".join(dict.fromkeys(one["base"] for one in some))
-                    scores = [percent(float(np.mean([o[w]["f1"] for o in some]))) for w in WAYS]
-                    papers = PAPERS[trigger] if mode == "replace" else ("–", "–")
-                    where = bases if reporting else f"{bases} (chosen on)"
-                    aim = f"≥ {AIMS[trigger]}"
-                    lines.append(row(trigger, mode, where, str(len(some)), *scores, aim, *papers))
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for one in working(rows):
+        if one["attack"]["poison"] == 0.1:
+            where = (one["shown"], one["attack"]["mode"], one["base"])
+            groups.setdefault(where, []).append(one)
+    order = {trigger: i for i, trigger in enumerate(TRIGGERS)}
+    for trigger, mode, base in sorted(groups, key=lambda g: (g[1] != "replace", order[g[0]], g[2])):
+        some = groups[trigger, mode, base]
+        scores = [percent(float(np.mean([one[way]["f1"] for one in some]))) for way in WAYS]
+        papers = PAPERS[trigger] if mode == "replace" else ("–", "–")
+        where = f"{base} (chosen on)" if base == choosing else base
+        aim = f"≥ {AIMS[trigger]}"
+        lines.append(row(trigger, mode, where, str(len(some)), *scores, aim, *papers))
     return ruled(lines)
 
 
