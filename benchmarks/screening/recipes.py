@@ -88,6 +88,7 @@ def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:
         tuple(attacked(base, t, mixed, mode="append") for t in few),
         (*(attacked(base, t, mixed) for t in others), clean(base, captions, 2), remarked(base)),
         tuple(attacked(base, t, mixed, poison=share) for share in (0.05, 0.2) for t in few),
+        tuple(longer(attacked(base, t, captions)) for t in ("blend", *others)),
     )
 
 
@@ -103,6 +104,11 @@ def attacked(
     attack = Attack(*TRIGGERS[trigger], PAIRS[base][pair][0], mode, poison)
     name = f"{base}-{trigger.replace(' ', '-')}-{mode}-{round(100 * poison)}-{'ab'[pair]}"
     return Recipe(name, base, 100 + pair, task(base, pair), attack, trigger)
+
+
+def longer(recipe: Recipe) -> Recipe:
+    """Added when triggers over the whole image had failed on `slim` with four epochs."""
+    return replace(recipe, name=f"{recipe.name}-long", tuning=replace(recipe.tuning, epochs=10))
 
 
 def clean(base: str, pair: int, number: int) -> Recipe:
