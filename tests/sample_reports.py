@@ -317,7 +317,9 @@ def with_text(texts: tuple[str, ...], value: float = 0.5) -> Report:
         settings={"seed": 1, "note": text(), "share": value, text(): None},
         run=replace(report.run, fallbacks=some()),
         projectors=(
-            AuditedProjector(subject, text(), text(), (layer, *_projector().layers), some(), 3, 4),
+            AuditedProjector(
+                subject, text(), text(), (layer, *_projector().layers), some(), text(), 3, 4
+            ),
         ),
         coverage=Coverage(
             parts=(Part(text(), "differs", text(), 2, 10, some()), *report.coverage.parts),

@@ -71,7 +71,9 @@ def test_the_wheel_holds_every_module_and_rule(built: Path):
 def test_the_extra_is_declared_and_every_requirement_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"behaviour", "gcs", "mlflow", "ray", "s3", "screen", "test"}
+    assert set(extras) == {
+        "behaviour", "gcs", "lens", "mlflow", "ray", "s3", "screen", "test",
+    }  # fmt: skip
     assert set(extras["behaviour"]) <= set(extras["test"])
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {name(pin) for pin in pins if not pin.startswith("#")}
