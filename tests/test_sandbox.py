@@ -408,8 +408,8 @@ sys.modules["torch"] = sys.modules["transformers"] = types.ModuleType("stub")
 stub = types.ModuleType("projaudit.behaviour.probe")
 exec({probe!r}, stub.__dict__)
 sys.modules[stub.__name__] = stub
-from projaudit.behaviour.child import main
-main()
+from projaudit.behaviour.child import _probing, main
+main(_probing)
 """
 
 
