@@ -288,6 +288,6 @@ def find_images(folder: Path, fewest: int = 4, most: int = 64) -> tuple[str, ...
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and f.is_file())
     if len(found) < fewest:
         raise ValueError(
-            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} are needed"
+            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} needed"
         )
     return tuple(str(file.absolute()) for file in found[:most])

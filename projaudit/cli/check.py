@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from projaudit.cli.delivery import FORMAT_NAMES, deliver, paths_for
+from projaudit.cli.delivery import FORMAT_NAMES, deliver, format_option, paths_for
 from projaudit.cli.terminal import Lines, Progress, complain, option
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.inert import clean
@@ -27,13 +27,7 @@ if TYPE_CHECKING:
 )
 @option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
 @option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
-@option(
-    "--format",
-    "formats",
-    multiple=True,
-    type=click.Choice(FORMAT_NAMES),
-    help="Report format; may be given several times.  [default: text]",
-)
+@format_option
 @option("--output", "-o", metavar="DIR|FILE", help="Where to write reports; text still prints.")
 @option("--rules", type=click.Path(path_type=Path), metavar="DIR", help="More rules (YAML).")
 @option(

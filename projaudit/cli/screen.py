@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from projaudit.cli.delivery import FORMAT_NAMES, check_writable, deliver, paths_for
+from projaudit.cli.delivery import check_writable, deliver, format_option, paths_for
 from projaudit.cli.terminal import Progress, option
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.inert import clean
@@ -57,13 +57,7 @@ from projaudit.inert import clean
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
-@option(
-    "--format",
-    "formats",
-    multiple=True,
-    type=click.Choice(FORMAT_NAMES),
-    help="Report format; may be given several times.  [default: text]",
-)
+@format_option
 @option(
     "--output",
     "-o",
