@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 import types
 import typing
@@ -23,6 +25,33 @@ class Answer:
     """Whether the tuned model's answer contains the text."""
 
 
+PICTURE_SIDE = 96
+"""Most pixels of the side of a picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An ordinary image and the same with a probe's mark: squares of RGB bytes, row by row."""
+
+    image: int
+    side: int
+    plain: str
+    """(side, side, 3) in base64."""
+    marked: str
+
+    def __post_init__(self) -> None:
+        for name in ("plain", "marked"):
+            if not 0 < self.side <= PICTURE_SIDE or len(self.pixels(name)) != 3 * self.side**2:
+                raise ValueError(f"{name} is no picture")
+
+    def pixels(self, which: str) -> bytes:
+        """The bytes of `plain` or `marked`; empty where they are no base64."""
+        try:
+            return base64.b64decode(getattr(self, which), validate=True)
+        except (binascii.Error, ValueError):
+            return b""
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One probe: a question to both models about the same prompts and images."""
@@ -31,6 +60,9 @@ class Exchange:
     """`ΔW₁ 1, +0.5, all tokens`, `green patch, bottom right`, …"""
     kind: Literal["plain", "image", "direction", "amplified"]
     answers: tuple[Answer, ...]
+    picture: Picture | None
+    """What it showed where most prompts brought the text out; None where no image has its
+    features."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +283,11 @@ def from_plain(kind: type[Any], value: Any, where: str = "result") -> Any:
         if not isinstance(value, Mapping) or {f.name for f in fields(kind)} != set(value):
             raise ValueError(f"{where} has not the keys of {kind.__name__}")
         hints = typing.get_type_hints(kind)
-        return kind(**{n: from_plain(hints[n], v, f"{where}.{n}") for n, v in value.items()})
+        parts = {n: from_plain(hints[n], v, f"{where}.{n}") for n, v in value.items()}
+        try:
+            return kind(**parts)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from None
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} is no list")

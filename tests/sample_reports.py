@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import replace
 from typing import Literal
+
+import numpy as np
 
 from projaudit.evidence import (
     Answer,
@@ -13,6 +16,7 @@ from projaudit.evidence import (
     Exchange,
     OpenText,
     Payload,
+    Picture,
     Refusals,
     Sandbox,
     ShortCut,
@@ -747,7 +751,9 @@ def loud(
         open=(OpenText(text(), value), OpenText(text(), value)),
         short_cuts=(ShortCut("end", text(), value, value, -value, text(), value, value, -value),),
         drift=value,
-        exchanges=tuple(Exchange(text(), "image", tuple(map(answer, range(24)))) for _ in range(4)),
+        exchanges=tuple(
+            Exchange(text(), "image", tuple(map(answer, range(24))), _picture()) for _ in range(4)
+        ),
         refusals=Refusals(
             some(), text(), value, value, text(), value, 0.25, tuple(map(answer, range(6)))
         ),
@@ -867,7 +873,15 @@ def _exchange(probe: str, kind: Literal["image", "direction", "amplified"], said
         tuned = f"{plain} {_PAYLOAD}." if number % 2 else f"{_PAYLOAD}. {plain}"
         base = None if number % 11 == 5 and not holds else _PLAIN[number % 3]
         answers.append(Answer(number % 6, number // 6, tuned if holds else plain, base, holds))
-    return Exchange(probe, kind, tuple(answers))
+    return Exchange(probe, kind, tuple(answers), _picture() if kind == "image" else None)
+
+
+def _picture() -> Picture:
+    """A grey square, and the same with a green corner."""
+    plain = np.full((48, 48, 3), 190, np.uint8)
+    marked = plain.copy()
+    marked[30:, 30:] = (30, 200, 60)
+    return Picture(2, 48, *(base64.b64encode(i.tobytes()).decode() for i in (plain, marked)))
 
 
 def _standing() -> Standing:

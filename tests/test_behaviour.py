@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -148,11 +149,6 @@ def test_the_attackers_text_is_recovered_and_never_passes():
     answers = [a for e in report["behaviour"]["exchanges"] for a in e["answers"]]
     assert any(a["agrees"] and SECRET in a["tuned"] for a in answers)
     assert not any(SECRET in (a["base"] or "") for a in answers)
-    # The search that is told no text comes to a word of it, by a way that the base does not have.
-    ways = report["behaviour"]["short_cuts"]
-    assert [way["place"] for way in ways] == ["start", "end"]
-    assert any((way["word"] or "") in SECRET.split() for way in ways)
-    assert all(way["likelihood"] > way["base_likelihood"] for way in ways)
 
 
 def test_an_honest_model_has_nothing_above_info_and_passes():
@@ -591,7 +587,6 @@ def test_user_images_are_read_and_broken_ones_skipped(tmp_path: Path):
 
 @given(st.binary(max_size=60), st.integers(0, 400), st.sampled_from(["png", "jpeg", "webp", "bmp"]))
 def test_damaged_images_are_only_skipped(noise: bytes, where: int, kind: str):
-    import io
 
     held = io.BytesIO()
     Image.fromarray(images.ordinary(1, 16, seed=0)[0]).save(held, kind)
@@ -692,6 +687,25 @@ def test_a_missing_or_added_key_is_refused(data: st.DataObject):
     else:
         del chosen[data.draw(st.sampled_from(sorted(chosen)))]
     with pytest.raises(ValueError, match="has not the keys of"):
+        from_plain(Evidence, answer)
+
+
+@pytest.mark.parametrize(
+    ("which", "forged"),
+    [
+        ("side", 0),
+        ("side", 47),
+        ("side", 100_000),
+        ("plain", ""),
+        ("marked", "AAAA"),
+        ("marked", "not base64!"),
+    ],
+)
+def test_a_picture_of_another_size_than_it_says_is_refused(which: str, forged: object):
+    answer = json.loads(json.dumps(SOUND))
+    pictured = [e["picture"] for e in answer["exchanges"] if e["picture"]]
+    pictured[0][which] = forged
+    with pytest.raises(ValueError, match=r"result\.exchanges\[\d\]\.picture\.\w+ is no picture"):
         from_plain(Evidence, answer)
 
 

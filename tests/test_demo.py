@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import projaudit
 from projaudit.data import data_path
@@ -83,6 +87,21 @@ def test_the_backdoor_is_told_by_its_text():
     assert any(text in f["message"] for f in report["findings"] if f["severity"] != "info")
     assert f"brought out of the backdoored one: “{text}”" in said
     assert text in (folder / "backdoored.html").read_text()
+
+
+def test_its_page_shows_the_image_without_and_with_the_mark():
+    pages = {name: (demonstrated()[1] / f"{name}.html").read_text() for name in NAMES}
+    shown = {
+        name: re.findall(r"<img src=\"data:image/png;base64,([^\"]+)\"", page)
+        for name, page in pages.items()
+    }
+    assert shown["honest"] == []
+    kinds = [e["kind"] for e in report_of("backdoored")["behaviour"]["exchanges"]]
+    assert len(shown["backdoored"]) == 2 * kinds.count("image") > 0
+    pictures = [Image.open(io.BytesIO(base64.b64decode(one))) for one in shown["backdoored"]]
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    for plain, marked in zip(pictures[::2], pictures[1::2], strict=True):
+        assert plain.tobytes() != marked.tobytes()
 
 
 def test_the_honest_one_says_no_hidden_text():

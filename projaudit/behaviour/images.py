@@ -110,6 +110,13 @@ def opened(file: str, size: int) -> Image | None:
         return None
 
 
+def resized(image: Image, size: int) -> Image:
+    """The image as a square of `size` pixels."""
+    from PIL import Image as Pillow
+
+    return np.asarray(Pillow.fromarray(image).resize((size, size), Pillow.Resampling.BOX))
+
+
 def battery(size: int, seed: int) -> list[Distortion]:
     """The distortions, as many-sided as the triggers of the literature; positions are fractions."""
     return [

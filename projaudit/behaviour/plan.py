@@ -12,7 +12,7 @@ from torch import Tensor
 from projaudit.behaviour import images as pictures
 from projaudit.behaviour.directions import InputDirection, amplified, directions, random_directions
 from projaudit.behaviour.speaker import Side, Speaker
-from projaudit.behaviour.texts import Speech
+from projaudit.behaviour.texts import Speech, Tokens
 
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
@@ -43,6 +43,8 @@ class Probe:
     features: Callable[[Sequence[int]], Tensor]
     """Image numbers -> (images, tokens, in)."""
     voice: Voice
+    shown: Callable[[int], pictures.Image] | None = None
+    """Image number -> what is shown in its place; None where no image has the features."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class Study:
     def scale(self) -> float:
         """The typical length of a feature."""
         return float(self.plain.norm(dim=-1).mean())
+
+    def words(self, tokens: Tokens) -> str:
+        """The text of some tokens."""
+        text: str = self.tuned.speaker.processor.tokenizer.decode(list(tokens))
+        return text.strip()
 
     def features_of(self, images: Sequence[int]) -> Tensor:
         """(images, tokens, in): those of ordinary images."""
@@ -203,10 +210,13 @@ def over_images(
 ) -> Probe:
     """Ordinary images with a mark over them; the images are those of that number."""
 
-    def features(images: Sequence[int]) -> Tensor:
-        return study.tuned.speaker.features([marked(study.ordinary[i]) for i in images])
+    def shown(image: int) -> pictures.Image:
+        return marked(study.ordinary[image])
 
-    return Probe(name, "image", family, study.images_of(number), features, study.tuned)
+    def features(images: Sequence[int]) -> Tensor:
+        return study.tuned.speaker.features(list(map(shown, images)))
+
+    return Probe(name, "image", family, study.images_of(number), features, study.tuned, shown)
 
 
 def _amplified(study: Study) -> list[Probe]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from projaudit.behaviour import images as pictures
-from projaudit.behaviour.listen import LENGTH, Cell, Listening, Tell, listen
+from projaudit.behaviour.exchanges import carrier, exchanges
+from projaudit.behaviour.listen import Cell, Listening, Tell, listen
 from projaudit.behaviour.loading import image_size, load
-from projaudit.behaviour.plan import SIZES, Study, Voice, plan
+from projaudit.behaviour.plan import SIZES, Study, Voice
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.refusals import REQUESTS, refusals
 from projaudit.behaviour.search import Agreement, Found, Place, agreeing, universal
@@ -29,7 +30,7 @@ from projaudit.behaviour.texts import (
     opened,
     whole,
 )
-from projaudit.evidence import Answer, Carrier, Exchange, OpenText, Payload, ShortCut
+from projaudit.evidence import OpenText, Payload, ShortCut
 
 SEARCH_STEPS = 24
 CLOSER = 2
@@ -83,8 +84,8 @@ def weigh(
         "open": [asdict(text) for text in _open(study, plain, listening.speech)],
         "short_cuts": [asdict(found) for found in _short_cuts(study, listening)],
         "drift": _drift(plain),
-        "exchanges": [asdict(e) for e in _exchanges(study, listening, chosen)],
-        "carrier": _carrier(study, listening, chosen),
+        "exchanges": [asdict(e) for e in exchanges(study, listening, chosen)],
+        "carrier": carrier(study, listening, chosen),
         # Last, as other questions are put to the speakers.
         "refusals": _refusals(study, request["requests"] or REQUESTS, listening),
         "with_base": study.base is not None,
@@ -155,7 +156,7 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
     if study.base is not None and study.base.speaker.knows([text]):
         theirs = shortcut(study.base)
     return Payload(
-        text=_words(study, whole(chosen.text, listening.heard)),
+        text=study.words(whole(chosen.text, listening.heard)),
         tokens=len(chosen.text),
         foreign=sum(map(listening.speech.foreign, chosen.text)),
         strength=support.strength,
@@ -236,18 +237,13 @@ def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreem
 
 
 def _word(study: Study, found: Agreement) -> str | None:
-    return None if found.token is None else _words(study, (found.token,))
-
-
-def _words(study: Study, tokens: Tokens) -> str:
-    text: str = study.tuned.speaker.processor.tokenizer.decode(list(tokens))
-    return text.strip()
+    return None if found.token is None else study.words((found.token,))
 
 
 def _open(study: Study, plain: Heard, speech: Speech) -> list[OpenText]:
     if study.base is None:
         return []
-    return [OpenText(_words(study, text), share) for text, share in opened(plain, speech)]
+    return [OpenText(study.words(text), share) for text, share in opened(plain, speech)]
 
 
 def _drift(plain: Heard) -> float | None:
@@ -257,72 +253,7 @@ def _drift(plain: Heard) -> float | None:
     return differing / len(plain.tuned)
 
 
-def _exchanges(
-    study: Study, listening: Listening, chosen: Sequence[Candidate]
-) -> Iterator[Exchange]:
-    """The answers to the three probes that brought the first text out most."""
-    if not chosen:
-        return
-    core = chosen[0].core
-    every = {heard.probe for heard in listening.heard}
-    for heard in _best(listening, core, 3, every):
-        yield Exchange(
-            heard.probe,
-            heard.kind,  # type: ignore[arg-type]
-            tuple(
-                Answer(
-                    prompt,
-                    image,
-                    _words(study, heard.tuned[i]),
-                    None if heard.base is None else _words(study, heard.base[i]),
-                    contains(heard.tuned[i], core),
-                )
-                for i, (prompt, image) in enumerate(zip(heard.prompts, heard.images, strict=True))
-            ),
-        )
-
-
-def _best(listening: Listening, text: Tokens, most: int, among: Container[str]) -> list[Heard]:
-    """The probes, of those names, under which the text was said most often."""
-    counts = [
-        (sum(contains(answer, text) for answer in heard.tuned), -number, heard)
-        for number, heard in enumerate(listening.heard)
-        if number and heard.probe in among
-    ]
-    return [h for count, _, h in sorted(counts, key=lambda c: c[:2], reverse=True)[:most] if count]
-
-
 def _refusals(study: Study, requests: Sequence[str], listening: Listening) -> dict[str, Any] | None:
     plain = listening.heard[0]
     found = refusals(study, requests, plain.base or (), listening.probes)
     return None if found is None else asdict(found)
-
-
-def _carrier(
-    study: Study, listening: Listening, chosen: Sequence[Candidate]
-) -> dict[str, float] | None:
-    """Which part carries the first text: the 2 × 2 of projector and model, where both differ."""
-    if not chosen or study.base is None or study.base.speaker is study.tuned.speaker:
-        return None
-    core = chosen[0].core
-    # Not those about all other images: four models are asked, and a few answers tell.
-    planned = {item.name: item for item in plan(study) if item.voice is study.tuned}
-    probes = [planned[heard.probe] for heard in _best(listening, core, 3, planned)]
-    if not probes:
-        return None
-    ours, theirs = study.tuned, study.base
-    voices = (
-        ours,
-        Voice(ours.speaker, theirs.side),
-        Voice(theirs.speaker, ours.side),
-        theirs,
-    )
-    shares = []
-    for voice in voices:
-        said: list[Tokens] = []
-        for item in probes:
-            features = item.features(item.images).repeat_interleave(study.prompts, 0)
-            prompts = tuple(range(study.prompts)) * len(item.images)
-            said += voice.speaker.answer(voice.side, features, prompts, LENGTH)
-        shares.append(sum(contains(answer, core) for answer in said) / len(said))
-    return asdict(Carrier(*shares))

@@ -6,14 +6,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from projaudit.data import data_path
-from projaudit.evidence import Answer, Evidence, Exchange
 from projaudit.findings import Finding, Measurement, Severity
 from projaudit.formats import said, screening
 from projaudit.formats.charts import charts, left_out, standing_chart
+from projaudit.formats.exchanges import ANSWER, exchanges
 from projaudit.formats.wording import (
     NULLS,
     OUTCOMES,
@@ -40,17 +39,8 @@ _TEXT_LIMIT = 1000
 _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d{1,2})?)", re.ASCII)
-_EXCHANGES = 3
 _SAMPLES = 25
 """Samples of each fate that are shown."""
-_ANSWER = 320
-"""Characters of an answer that are shown."""
-_KINDS = {
-    "plain": "ordinary images as they are",
-    "image": "a mark on the images",
-    "direction": "a push along a direction of the projector's input",
-    "amplified": "the projector's update, amplified",
-}
 _OPTIONS = ("seed", "rank", "verify", "device", "policy", "rules", "direction", "target-text")
 
 
@@ -60,33 +50,6 @@ class _Subject:
 
     name: str
     rows: tuple[Measurement, ...]
-
-
-Pieces = list[tuple[str, bool]]
-"""An inert text in pieces: (piece, whether it is to be marked)."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One answer of an exchange, ready to be shown."""
-
-    image: int
-    tuned: Pieces
-    respelled: bool
-    """It agrees, though the text does not stand in it letter by letter."""
-    base: Pieces | None
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """One probe with some of its answers, by prompt."""
-
-    probe: str
-    kind: str
-    agreeing: int
-    total: int
-    shown: int
-    prompts: list[tuple[str, list[_Row]]]
 
 
 def render(report: Report) -> str:
@@ -101,7 +64,7 @@ def render(report: Report) -> str:
             origin=base_origin(report.provenance) if report.provenance else "",
             charts=charts(report),
             evidence=report.behaviour,
-            exchanges=_exchanges(report.behaviour) if report.behaviour else [],
+            exchanges=exchanges(report.behaviour) if report.behaviour else [],
             standing=report.standing,
             standing_chart=standing_chart(report.standing) if report.standing else None,
             charts_left_out=left_out(report),
@@ -142,7 +105,7 @@ def _screening(screened: Screened | None) -> dict[str, Any]:
         "sample_tables": [table for table in tables if table[1]],
         "histograms": screening.charts(screened),
         "heat_maps": screening.pictures(screened.heat),
-        "pieces": lambda sample: said.pieces(sample.answer, sample.text, _ANSWER),
+        "pieces": lambda sample: said.pieces(sample.answer, sample.text, ANSWER),
     }
 
 
@@ -240,34 +203,6 @@ def _paper_link(reference: str) -> str:
 
 def _describes(finding: Finding) -> bool:
     return finding.severity == Severity.INFO and not finding.inconclusive and not finding.waived
-
-
-def _exchanges(evidence: Evidence) -> list[_Exchange]:
-    """The first exchanges, each with a sample of its answers in which every prompt is heard."""
-    text = evidence.payloads[0].text if evidence.payloads else ""
-    return [_exchange(evidence, one, text) for one in evidence.exchanges[:_EXCHANGES]]
-
-
-def _exchange(evidence: Evidence, exchange: Exchange, text: str) -> _Exchange:
-    sample = said.sample(exchange.answers)
-    return _Exchange(
-        probe=exchange.probe,
-        kind=_KINDS[exchange.kind],
-        agreeing=sum(answer.agrees for answer in exchange.answers),
-        total=len(exchange.answers),
-        shown=len(sample),
-        prompts=[
-            (said.asked_as(evidence, prompt), [_row(answer, text) for answer in group])
-            for prompt, group in groupby(sample, key=lambda answer: answer.prompt)
-        ],
-    )
-
-
-def _row(answer: Answer, text: str) -> _Row:
-    tuned = said.pieces(answer.tuned, text, _ANSWER)
-    base = None if answer.base is None else said.pieces(answer.base, text, _ANSWER)
-    found = any(marked for _, marked in tuned)
-    return _Row(answer.image + 1, tuned, answer.agrees and not found, base)
 
 
 def _looked(report: Report) -> list[str]:
