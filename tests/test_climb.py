@@ -257,3 +257,19 @@ def test_bred_marks_alone_bring_out_the_text_of_a_trained_backdoor(monkeypatch):
 
 def test_of_its_honest_twin_they_bring_out_nothing(monkeypatch):
     assert bred_alone(monkeypatch, "honest") == ("", 0.0)
+
+
+def test_an_answer_that_holds_the_image_token_is_scored_all_the_same():
+    pytest.importorskip("transformers")
+    from benchmarks.evidence import base_of
+
+    speaker, base, _ = base_of("grid")
+    picture = ordinary(1, 64, 0)[0]
+    speaker.prepare(["Describe the image."], picture)
+    speaker.use(base)
+    x = speaker.features([picture] * 2)
+    image = speaker.model.config.image_token_id
+    with torch.no_grad():
+        scores = speaker.log_probabilities(x, [0, 0], [(7, image, 9), (7, 0, 9)], 4)
+    assert torch.equal(scores[0], scores[1])  # it stands for no features there
+    assert torch.allclose(scores.exp().sum(-1), torch.ones(2, 4), atol=1e-4)

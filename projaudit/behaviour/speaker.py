@@ -21,6 +21,10 @@ Side = Mapping[str, Tensor]
 """The tensors of a projector by their names in its module."""
 
 
+_NO_WORD = 0
+"""Token that is scored in the place of one that stands for an image."""
+
+
 class _Enough(Exception):
     """No error: the forward pass has given what was wanted of it."""
 
@@ -187,8 +191,12 @@ class Speaker:
         A row is its prompt and the tokens `after` it. With the projector that is in place;
         differentiable in the features.
         """
+        media = _media(self.model.config)
         rows = [
-            [*self._ids[p][self._mask[p].bool()].tolist(), *tail]
+            [
+                *self._ids[p][self._mask[p].bool()].tolist(),
+                *(_NO_WORD if token in media else token for token in tail),
+            ]
             for p, tail in zip(prompts, after, strict=True)
         ]
         self.passes += len(rows)
@@ -226,6 +234,13 @@ class Speaker:
     def _cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.model.dtype
         return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def _media(config: Any) -> set[int]:
+    """The tokens in whose places a model puts features: an answer that holds one has none."""
+    kinds = ("image", "video", "audio")
+    names = [f"{kind}_token_{what}" for kind in kinds for what in ("id", "index")]
+    return {t for t in (getattr(config, name, None) for name in names) if type(t) is int}
 
 
 def _left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
