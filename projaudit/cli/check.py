@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from projaudit.cli.delivery import FORMAT_NAMES, deliver, format_option, paths_for
+from projaudit.cli import options
+from projaudit.cli.delivery import deliver, paths_for
 from projaudit.cli.terminal import Lines, Progress, complain, option
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.inert import clean
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     metavar="REF",
     help="What TARGET was made from; a merge has several. Default: its claims.",
 )
-@option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
-@option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
-@format_option
+@options.revision
+@options.base_revision
+@options.formats
 @option("--output", "-o", metavar="DIR|FILE", help="Where to write reports; text still prints.")
 @option("--rules", type=click.Path(path_type=Path), metavar="DIR", help="More rules (YAML).")
 @option(
@@ -84,19 +85,19 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help="Compare shifts with the embeddings of this text's tokens.",
 )
-@option("--device", metavar="auto|cpu|cuda[:n]", help="Where to compute.  [default: auto]")
+@options.device
 @option("--rank", type=int, metavar="K", help="Leading singular values.  [default: 32]")
-@option("--seed", type=int, metavar="N", help="Makes a run repeatable.  [default: fresh]")
-@option("--offline", is_flag=True, default=None, help="Use the caches only.")
+@options.seed
+@options.offline
 @option(
     "--verify",
     type=click.Choice(["range", "full"]),
     help="full: download whole files and check their sha256.  [default: range]",
 )
-@option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@options.quiet
 @option("--verbose", "-v", is_flag=True, help="Print stages with their seconds, and the bytes.")
 @click.pass_context
-def check(ctx: click.Context, /, target: str, **options: Any) -> None:
+def check(ctx: click.Context, /, target: str, **given: Any) -> None:
     """Audit the projector of TARGET: a Hub id, a Hub URL, a folder or a file.
 
     \b
@@ -104,8 +105,8 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     projaudit check org/model@v2 --base org/base@main --format html -o report.html
     projaudit check ./model --base ./base --fail-on review
     """
-    output, quiet, verbose = (options.pop(k) for k in ("output", "quiet", "verbose"))
-    formats = options.pop("formats") or _policy_formats(options["policy"])
+    output, quiet, verbose = (given.pop(k) for k in ("output", "quiet", "verbose"))
+    formats = given.pop("formats") or _policy_formats(given["policy"])
     paths = paths_for(output, formats, target)
     from projaudit.audit import check as run
     from projaudit.reporting import failed
@@ -114,9 +115,9 @@ def check(ctx: click.Context, /, target: str, **options: Any) -> None:
     notify = None if quiet else progress.say
     try:
         with progress:
-            report = run(target, progress=progress, notify=notify, **options)
+            report = run(target, progress=progress, notify=notify, **given)
     except ProjauditError as error:
-        report = failed(target, error, options)
+        report = failed(target, error, given)
         deliver(report, paths, quiet=True)
         if report.exit_code != error.exit_code:  # --exit-zero, and nothing to audit
             complain(str(error), error.code, 0)
@@ -137,9 +138,12 @@ def _policy_formats(policy: str | None) -> tuple[str, ...]:
 
     wanted = load_policy(policy, METRICS).options.get("format", [])
     names = tuple(wanted) if isinstance(wanted, list) else (wanted,)
-    if any(name not in FORMAT_NAMES for name in names):
+    if any(name not in options.FORMAT_NAMES for name in names):
         raise UsageError(
-            f"is none of {', '.join(FORMAT_NAMES)}", "policy", file=clean(policy), field="format"
+            f"is none of {', '.join(options.FORMAT_NAMES)}",
+            "policy",
+            file=clean(policy),
+            field="format",
         )
     return names
 

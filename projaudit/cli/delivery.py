@@ -9,24 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from projaudit.cli.terminal import emit, in_color, option
+from projaudit.cli.terminal import emit, in_color
 from projaudit.errors import UsageError
 from projaudit.inert import clean
 
 if TYPE_CHECKING:
     from projaudit.report import Report
-
-FORMAT_NAMES = ("text", "json", "html")
-
-format_option = option(
-    "--format",
-    "formats",
-    multiple=True,
-    type=click.Choice(FORMAT_NAMES),
-    help="Report format; may be given several times.  [default: text]",
-)
 
 
 def paths_for(output: str | None, formats: Sequence[str], target: str) -> dict[str, Path | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from projaudit.cli import options
 from projaudit.cli.delivery import check_writable, write
 from projaudit.cli.terminal import Progress, emit, option
 from projaudit.errors import UsageError
@@ -17,8 +18,8 @@ from projaudit.inert import clean
 @click.command()
 @click.argument("target")
 @option("--base", metavar="REF", help="What TARGET was made from. Default: its claim.")
-@option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
-@option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
+@options.revision
+@options.base_revision
 @option(
     "--images",
     type=click.Path(path_type=Path),
@@ -39,12 +40,7 @@ from projaudit.inert import clean
     help="Triggered images instead, by the clean ones' names where they are pairs.",
 )
 @option("--target-text", metavar="TEXT", help="What a triggered image is to bring out.")
-@option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What to ask, one prompt a line.  [default: general questions]",
-)
+@options.prompts
 @option(
     "--labels",
     type=click.Path(path_type=Path),
@@ -76,9 +72,9 @@ from projaudit.inert import clean
 @option(
     "--answer-tokens", type=int, default=30, show_default=True, metavar="N", help="Of an answer."
 )
-@option("--device", metavar="auto|cpu|cuda[:n]", help="Where to compute.  [default: auto]")
-@option("--seed", type=int, metavar="N", help="Makes a run repeatable.  [default: fresh]")
-@option("--offline", is_flag=True, default=None, help="Use the caches only.")
+@options.device
+@options.seed
+@options.offline
 @option(
     "--output",
     "-o",
@@ -87,8 +83,8 @@ from projaudit.inert import clean
     metavar="DIR",
     help="Where lens.html, lens.json and lens.npz go.",
 )
-@option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-def lens(target: str, **options: Any) -> None:
+@options.quiet
+def lens(target: str, **given: Any) -> None:
     """Run ProjLens' analyses on TARGET beside its base, and draw its figures.
 
     The model runs in a confined process, as at depth behaviour of `check`, and needs the extra
@@ -98,7 +94,7 @@ def lens(target: str, **options: Any) -> None:
     projaudit lens ./model --base ./base --images photos/
     projaudit lens ./model --base ./base --images photos/ --trigger patch --target-text "Owned"
     """
-    folder, quiet = Path(options.pop("output")), options.pop("quiet")
+    folder, quiet = Path(given.pop("output")), given.pop("quiet")
     files = {suffix: folder / f"lens.{suffix}" for suffix in ("html", "json", "npz")}
     check_writable(
         files["html"], lambda what: UsageError(what, "output", file=clean(folder), field="-o")
@@ -109,27 +105,27 @@ def lens(target: str, **options: Any) -> None:
     from projaudit.lens.wish import Wish
 
     wish = Wish(
-        images=options.pop("images"),
-        trigger=options.pop("trigger"),
-        triggered=options.pop("triggered"),
-        target_text=options.pop("target_text"),
-        prompts=options.pop("prompts"),
-        labels=options.pop("labels"),
-        images_per_cell=options.pop("images_per_cell"),
-        most=options.pop("max_rank"),
-        ranks=tuple(dict.fromkeys(options.pop("ranks"))) or ("cumulative",),
-        bias=tuple(dict.fromkeys(b == "on" for b in options.pop("bias"))) or (True,),
-        answer_tokens=options.pop("answer_tokens"),
+        images=given.pop("images"),
+        trigger=given.pop("trigger"),
+        triggered=given.pop("triggered"),
+        target_text=given.pop("target_text"),
+        prompts=given.pop("prompts"),
+        labels=given.pop("labels"),
+        images_per_cell=given.pop("images_per_cell"),
+        most=given.pop("max_rank"),
+        ranks=tuple(dict.fromkeys(given.pop("ranks"))) or ("cumulative",),
+        bias=tuple(dict.fromkeys(b == "on" for b in given.pop("bias"))) or (True,),
+        answer_tokens=given.pop("answer_tokens"),
     )
     progress = Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
     with progress:
         found = run(
             target,
-            options.pop("base"),
+            given.pop("base"),
             wish,
             progress=progress,
             notify=None if quiet else progress.say,
-            **options,
+            **given,
         )
     write(files["html"], render(found))
     write(files["json"], to_json(found))

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from projaudit.cli import options
 from projaudit.cli.delivery import write
 from projaudit.cli.terminal import Progress, emit, option
 from projaudit.inert import clean
@@ -32,14 +33,9 @@ from projaudit.inert import clean
     help="auto (run the model, and choose), top-k:K, top-k-all:K, shrink:SHARE, clip, revert.  "
     "[default: auto]",
 )
-@option("--revision", metavar="REV", help="Branch, tag or commit of TARGET.")
-@option("--base-revision", metavar="REV", help="Branch, tag or commit of the base.")
-@option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What to ask, one prompt a line.  [default: general questions]",
-)
+@options.revision
+@options.base_revision
+@options.prompts
 @option(
     "--images",
     type=click.Path(path_type=Path),
@@ -53,13 +49,13 @@ from projaudit.inert import clean
     metavar="FILE",
     help="Population to compare with (see `calibrate`).",
 )
-@option("--device", metavar="auto|cpu|cuda[:n]", help="Where to compute.  [default: auto]")
-@option("--seed", type=int, metavar="N", help="Makes a run repeatable.  [default: fresh]")
-@option("--offline", is_flag=True, default=None, help="Use the caches only.")
-@option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@options.device
+@options.seed
+@options.offline
+@options.quiet
 @click.pass_context
 def repair(
-    ctx: click.Context, /, target: str, base: str | None, output: Path, quiet: bool, **options: Any
+    ctx: click.Context, /, target: str, base: str | None, output: Path, quiet: bool, **given: Any
 ) -> None:
     """Take the suspicious part out of TARGET's projector, and audit what is left.
 
@@ -77,7 +73,7 @@ def repair(
     progress = Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
     notify = None if quiet else progress.say
     with progress:
-        done = run(target, base, output, progress=progress, notify=notify, **options)
+        done = run(target, base, output, progress=progress, notify=notify, **given)
     for name, render in (("repair.json", render_json), ("repair.html", render_html)):
         write(output / name, render(done))
     if not quiet:

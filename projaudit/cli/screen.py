@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from projaudit.cli.delivery import check_writable, deliver, format_option, paths_for
+from projaudit.cli import options
+from projaudit.cli.delivery import check_writable, deliver, paths_for
 from projaudit.cli.terminal import Progress, option
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.inert import clean
@@ -57,7 +58,7 @@ from projaudit.inert import clean
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
-@format_option
+@options.formats
 @option(
     "--output",
     "-o",
@@ -73,9 +74,9 @@ from projaudit.inert import clean
 @option("--policy", metavar="NAME|FILE", help="Preset or policy file.  [default: structure]")
 @option("--fail-on", type=click.Choice(["fail", "review"]), help="What exits 1.  [default: fail]")
 @option("--offline", is_flag=True, help="Use the caches only.")
-@option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@options.quiet
 @click.pass_context
-def screen(ctx: click.Context, /, model: str, dataset: str, **options: Any) -> None:
+def screen(ctx: click.Context, /, model: str, dataset: str, **given: Any) -> None:
     """Find the samples of DATASET that carry a trigger, with the MODEL that was tuned on it.
 
     DATASET is a LLaVA-style .json or .jsonl, a .parquet, a folder of `datasets` or a Hub id.
@@ -86,10 +87,10 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **options: Any) -> N
     projaudit screen ./tuned train.json -o screening/ --write-clean clean/
     projaudit screen org/base data.parquet --adapter ./lora --method bye
     """
-    output, quiet, formats = (options.pop(k) for k in ("output", "quiet", "formats"))
-    kept, clean_set = options.pop("profiles"), options.pop("write_clean")
-    options["rule"] = options.pop("layer_rule")
-    options["devices"] = options["devices"].split(",") if options["devices"] else None
+    output, quiet, formats = (given.pop(k) for k in ("output", "quiet", "formats"))
+    kept, clean_set = given.pop("profiles"), given.pop("write_clean")
+    given["rule"] = given.pop("layer_rule")
+    given["devices"] = given["devices"].split(",") if given["devices"] else None
     paths = paths_for(output, formats, f"{Path(dataset).stem}-screening")
     lists = _folder(output, paths)
     if clean_set is not None:
@@ -110,12 +111,12 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **options: Any) -> N
                 lists=lists,
                 clean_set=clean_set,
                 progress=progress,
-                **options,
+                **given,
             )
         except ProjauditError as error:
             from projaudit.reporting import failed
 
-            deliver(failed(model, error, options), paths, quiet=True)
+            deliver(failed(model, error, given), paths, quiet=True)
             raise
     deliver(report, paths, quiet=quiet)
     ctx.exit(report.exit_code)

@@ -1,4 +1,4 @@
-"""What every command shares with its terminal: options, output, complaints, progress."""
+"""What every command shares with its terminal: output, complaints, progress."""
 
 from __future__ import annotations
 
