@@ -12,9 +12,9 @@ from scipy import stats
 from test_probes import draw, noise, projector, spike, unit
 from torch import Tensor
 
-from projaudit.analyses import alignment
-from projaudit.analyses.alignment import Aim, aim_of, scan
+from projaudit.analyses import alignment, nearest
 from projaudit.analyses.context import Direction, ProjectorContext
+from projaudit.analyses.nearest import Aim, aim_of, scan
 from projaudit.linalg import random_orthonormal
 from projaudit.metrics import Skip, Value
 
@@ -187,7 +187,7 @@ def test_a_planted_token_is_the_nearest_and_significant() -> None:
     assert result.value > 0.95
     assert any("token123" in line.split(",")[0] for line in result.detail)
     p = measure("nearest_token_p", ctx)
-    assert p.value == 1 / (1 + alignment.FLIPS[1])
+    assert p.value == 1 / (1 + nearest.FLIPS[1])
     for kind in ("sign_flip", "equal_norm", "equal_spectrum"):
         assert null(result, kind) > 3
 
@@ -262,13 +262,13 @@ def test_blocks_give_what_the_whole_gives() -> None:
 
 def test_a_large_vocabulary_gets_fewer_flips(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = anisotropic()
-    monkeypatch.setattr(alignment, "TOKEN_FLOPS", 2.0 * 300 * OUT * 100)
+    monkeypatch.setattr(nearest, "TOKEN_FLOPS", 2.0 * 300 * OUT * 100)
     aim = Aim(("shift 1",), unit(OUT, 1)[None])
     found = scan(aim, Vocabulary(rows), {}, generator=torch.Generator().manual_seed(0))
     assert len(found.flips) == 99
-    monkeypatch.setattr(alignment, "TOKEN_FLOPS", 1.0)
+    monkeypatch.setattr(nearest, "TOKEN_FLOPS", 1.0)
     found = scan(aim, Vocabulary(rows), {}, generator=torch.Generator().manual_seed(0))
-    assert len(found.flips) == alignment.FLIPS[0]
+    assert len(found.flips) == nearest.FLIPS[0]
 
 
 def test_the_chart_names_tokens_and_targets() -> None:

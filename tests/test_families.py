@@ -16,7 +16,7 @@ import yaml
 
 import projaudit
 from projaudit.analyses.nulls import real_change
-from projaudit.analyses.probes import _shift, _states
+from projaudit.analyses.responses import _shift, _states
 from projaudit.chain import forward, parse
 from projaudit.findings import Verdict
 from projaudit.projector import Projector, locate

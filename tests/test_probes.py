@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from projaudit.analyses import probes
+from projaudit.analyses import probes, responses
 from projaudit.analyses.context import ProjectorContext
 from projaudit.analyses.nulls import gaussian_values, null_of, random_action, real_change
-from projaudit.analyses.probes import (
+from projaudit.analyses.responses import (
     AIMED_NORMS,
     BUDGET,
     NORMS,
@@ -163,8 +163,8 @@ def test_the_shift_is_what_the_two_projectors_differ_by(
         *deltas, activation=activation, bias=bias, bias_delta=0.01 * draw(40, seed=9)
     )
     inputs = typical_norm(update) * draw(6, 48, seed=2) / 48**0.5
-    states = probes._states(update, inputs)
-    shift = probes._shift(update, real_change(update), states)
+    states = responses._states(update, inputs)
+    shift = responses._shift(update, real_change(update), states)
     base = forward(update.chain, update.weights("before"), inputs)
     tuned = forward(update.chain, update.weights("after"), inputs)
     assert torch.equal(states[-1], base)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from projaudit.analyses.alignment import NearestTokens
-    from projaudit.analyses.probes import Probes
+    from projaudit.analyses.nearest import NearestTokens
+    from projaudit.analyses.responses import Probes
     from projaudit.module import Module
     from projaudit.recipe import Blueprint
     from projaudit.update import ProjectorUpdate
@@ -73,7 +73,7 @@ class ProjectorContext:
     @cached_property
     def probes(self) -> Probes:
         """Both projectors on the same inputs, beside random updates. Raises Skip as run_probes."""
-        from projaudit.analyses.probes import run_probes
+        from projaudit.analyses.responses import run_probes
         from projaudit.analyses.sets import run_set_probes
 
         if any(self.blueprints):
@@ -83,6 +83,6 @@ class ProjectorContext:
     @cached_property
     def nearest(self) -> NearestTokens:
         """The vocabulary's nearest tokens of the top directions. Raises Skip without a matrix."""
-        from projaudit.analyses.alignment import nearest_tokens
+        from projaudit.analyses.nearest import nearest_tokens
 
         return nearest_tokens(self)

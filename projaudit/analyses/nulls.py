@@ -46,7 +46,7 @@ def real_change(update: ProjectorUpdate) -> Change:
 
 
 def random_change(update: ProjectorUpdate, kind: str, generator: Generator) -> Change:
-    """A random one of the same base: `equal_norm` or `equal_spectrum` (see probes.run_probes)."""
+    """A random one of the same base: `equal_norm` or `equal_spectrum` (see run_probes)."""
     linear: dict[str, Callable[[Tensor], Tensor]] = {}
     read, written = [], []
     for layer in update.path:

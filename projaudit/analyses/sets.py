@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from projaudit.analyses.nulls import Moved, gaussian, random_weights, real_weights, unit
-from projaudit.analyses.probes import (
+from projaudit.analyses.responses import (
     AIMED_NORMS,
     NORMS,
     ProbeBudget,
