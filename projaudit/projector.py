@@ -151,6 +151,15 @@ class Projector:
         return tuple(layer for layer in self.linears if not on_it or layer.role in on_it)
 
     @property
+    def entry(self) -> str:
+        """The module that features are handed to, where the prefix holds other things, too."""
+        if self.recipe is None:
+            return self.prefix
+        reads = f"{self.recipe.reads}."
+        inner = [p for p, place in self.recipe.parts.items() if reads.startswith(f"{place}.")]
+        return f"{self.prefix}.{inner[0]}".strip(".") if inner else self.prefix
+
+    @property
     def in_features(self) -> int:
         """Width of what the encoder hands over; 0 where no matrix says."""
         return self.path[0].shape[1] if self.linears else 0
