@@ -235,12 +235,12 @@ def locate(
 
     By family; and what no family describes, by its position between two models, as `family`
     `unknown` (`position.py`). `config` is the parsed config.json: it decides between families of
-    the same names, and gives the activation and the language model's width. Where it names classes
-    and none that the family lists, the forward path is not known. Raises FormatError where a
-    projector is incomplete or its layers do not chain.
+    the same names, and gives the activation and the language model's width. Where its classes
+    (`classes_of`) are none that the family lists, the forward path is not known. Raises FormatError
+    where a projector is incomplete or its layers do not chain.
     """
     _check_config(config or {})
-    architectures = set(strings((config or {}).get("architectures")))
+    architectures = set(classes_of(config or {}))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
     candidates = likely(shapes)
@@ -309,12 +309,32 @@ def _of_class(
             )
 
 
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config names, or stand for its model type; that type where it is unknown.
+
+    Untrusted text. Empty where it names neither.
+    """
+    named = strings(config.get("architectures"))
+    kind = config.get("model_type")
+    if named or not isinstance(kind, str) or not kind:
+        return named
+    return list(_model_types().get(kind, (kind,)))
+
+
+@cache
+def _model_types() -> Mapping[str, tuple[str, ...]]:
+    import yaml
+
+    file = Path(__file__).parent / "model_types.yaml"
+    return {kind: tuple(names) for kind, names in yaml.safe_load(file.read_text("utf-8")).items()}
+
+
 def undeclared(projector: Projector, config: Mapping[str, Any]) -> str:
     """The class of the config that the projector's family does not list; empty where it lists one.
 
     Untrusted text. Empty, too, where the config names no class or the family is not known.
     """
-    named = strings(config.get("architectures"))
+    named = classes_of(config)
     family = next((f for f in families() if f.name == projector.family), None)
     return named[0] if family and named and set(named).isdisjoint(family.architectures) else ""
 
