@@ -29,6 +29,7 @@ from projaudit.behaviour.hear import BUDGET, BUDGET_LARGE
 from projaudit.behaviour.probe import study_of, weigh
 from projaudit.behaviour.search import universal
 from projaudit.behaviour.speaker import Speaker
+from projaudit.projector import Linear
 
 TOKENIZER = Path(__file__).parent / "testbed" / "exported" / "base"
 # hidden, intermediate, layers, heads of the language model; hidden, layers, heads, image, patch
@@ -104,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         "notes": [],
     }
     started = time.monotonic()
-    study, prompts, unread = study_of(
-        request, (speaker, {**base, **tuned}), (speaker, base), "linear_1.weight"
-    )
+    shape = (*base["linear_1.weight"].shape,)
+    first = Linear("linear_1", "linear_1.weight", "linear_1.bias", shape)
+    study, prompts, unread = study_of(request, (speaker, {**base, **tuned}), (speaker, base), first)
     heard = weigh(request, study, prompts, unread, lambda what, done, total: None)
     probed = time.monotonic() - started
     started = time.monotonic()

@@ -15,7 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
 from projaudit.behaviour.texts import Tokens, candidates, gather, open_pairs, whole
+from projaudit.projector import Linear
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
@@ -176,27 +177,32 @@ def base_model(base: str) -> Any:
     return load_model(COMMITTED[base])
 
 
-def base_of(name: str) -> tuple[Any, dict[str, torch.Tensor], str]:
+def base_of(name: str) -> tuple[Any, dict[str, torch.Tensor], Linear]:
     """As `base_in`, of one of the population's bases."""
     return base_in(COMMITTED[name])
 
 
 @cache
-def base_in(folder: Path) -> tuple[Any, dict[str, torch.Tensor], str]:
-    """A base's speaker, its projector's tensors, and the first layer's name in the module."""
+def base_in(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Linear]:
+    """A base's speaker, its projector's tensors, and the first layer in the module."""
     whole = {n: t for n, t in load_file(folder / WEIGHTS).items() if LOCAL_WORD in n}
     prefix = next(iter(whole)).partition(LOCAL_WORD)[0] + LOCAL_WORD.rstrip(".")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "projector.safetensors"
         save_file(whole, file)
+        weight = f"{prefix}.linear_1.weight"
+        first = Linear("linear_1", weight, f"{prefix}.linear_1.bias", (*whole[weight].shape,))
         (speaker, tuned), _, first = load(
             {
                 "folder": str(folder),
                 "base_folder": None,
+                "stored": str(file),
                 "tuned": str(file),
                 "base": None,
                 "prefix": prefix,
-                "first": f"{prefix}.linear_1.weight",
+                "entry": prefix,
+                "first": asdict(first),
+                "last": f"{prefix}.linear_2.weight",
                 "device": "cpu",
                 "dtype": "float32",
             }

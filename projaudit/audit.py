@@ -16,7 +16,7 @@ from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.explain import Explanation, explain
 from projaudit.inert import clean
-from projaudit.listening import Wish, depth_of, heard, standing, wish
+from projaudit.listening import Wish, depth_of, heard, left_out, standing, wish
 from projaudit.mmproj import as_converted, as_stored
 from projaudit.opened import found_in, open_bases, open_target
 from projaudit.policy import load_policy
@@ -214,4 +214,5 @@ def _audit(
         standing=place,
         without_base=without_base,
         projectors=len(sides),
+        left_out=left_out(sides[0]),
     )

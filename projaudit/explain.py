@@ -12,11 +12,11 @@ from projaudit.position import deciding_words, text_widths
 from projaudit.projector import (
     Family,
     Projector,
+    classes_of,
     families,
     locate,
     match,
     modules,
-    strings,
     undeclared,
 )
 
@@ -50,7 +50,7 @@ def _why(
 ) -> str:
     family = next((f for f in families() if f.name == projector.family), None)
     if family is not None:
-        named = [a for a in strings(config.get("architectures")) if a in family.architectures]
+        named = [a for a in classes_of(config) if a in family.architectures]
         said = f"and {named[0]} is one of its architectures" if named else "and all of it is told"
         if other := undeclared(projector, config):
             said = f"but not the class, {clean(other, 80)}: what that computes is not known"
@@ -72,7 +72,7 @@ def _near(
 ) -> Iterator[tuple[str, str]]:
     taken = {name for projector in projectors for name in projector.tensors}
     settled = {projector.prefix for projector in projectors if projector.family != "unknown"}
-    declared = set(strings(config.get("architectures")))
+    declared = set(classes_of(config))
     for family in families():
         if family.recipe is not None:
             continue  # of its class or not: its architecture says so

@@ -6,8 +6,8 @@ import re
 import unicodedata
 
 # Categories that move the cursor, hide or reorder text: control, format (bidi, zero width),
-# surrogate, private use, unassigned, line and paragraph separators.
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# surrogate, private use, unassigned, line and paragraph separators, spaces of other widths.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 # Hub tokens, passwords in URLs, and the query strings of signed URLs.
 _SECRET = re.compile(
     r"hf_[A-Za-z0-9]{8,}"
@@ -18,16 +18,20 @@ _SECRET = re.compile(
 
 
 def clean(text: object, limit: int = 300) -> str:
-    r"""One printable line of `text`: control, bidi and separator characters as `\u….` escapes.
+    r"""One printable line of `text`: all but graphic characters and blanks as `\u….` escapes.
 
     Secrets (Hub tokens, signatures in URLs) become `[redacted]`; longer texts are cut to `limit`
     characters with an ellipsis. Every sink (terminal, HTML, JSON, logs, exceptions) uses this.
     """
     raw = str(text)
     cut = raw[: limit + 1]
-    shown = "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in cut)
+    shown = "".join(_escape(c) if _hidden(c) else c for c in cut)
     shown = _SECRET.sub("[redacted]", shown)
     return shown if len(raw) <= limit else shown[:limit] + "…"
+
+
+def _hidden(character: str) -> bool:
+    return character != " " and unicodedata.category(character) in _HIDDEN
 
 
 def _escape(character: str) -> str:

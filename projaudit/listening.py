@@ -13,6 +13,7 @@ from projaudit.behaviour.hear import (
     announce,
     find_images,
     hear,
+    host,
     read_prompts,
     require_runnable,
     require_unasked,
@@ -101,21 +102,47 @@ def heard(
 
     def part(side: Side) -> Part:
         tensors = {name: stored.tensor for name, stored in side.load().items()}
-        return Part(side.checkpoint, side.projector, tensors)
+        ours = {*side.projector.tensors, *side.projector.unexpected}
+        return Part(
+            side.checkpoint,
+            side.projector,
+            tensors,
+            adapted=side.fit is not None,
+            alone=side.reading.metadata is not None or ours.issuperset(side.reading.shapes),
+            left=left_out(side),
+        )
 
     with session.stage("behaviour"):
-        require_runnable(target.checkpoint, device)  # before it is said that it will run
+        ours, theirs = part(target), None if base is None else part(base)
+        run = host(ours, theirs).checkpoint
+        require_runnable(run, device)  # before it is said that it will run
         if session.notify:
-            session.notify(announce(target.checkpoint, wish.asked, device))
+            session.notify(announce(run, wish.asked, device))
         return hear(
-            part(target),
-            None if base is None else part(base),
+            ours,
+            theirs,
             wish.asked,
             other_model=models_differ(coverage),
             device=device,
             seed=session.settings.seed,
             progress=teller(session),
         )
+
+
+def left_out(side: Side) -> str:
+    """What of the audited model is not in the one that is run; empty where it is all of it."""
+    if side.fit is not None and side.fit.elsewhere:
+        many = len(side.fit.elsewhere)
+        return (
+            f"the {many} tensors of the adapter that change the rest of the model were left out: "
+            "its projector was run in the model that it is for"
+        )
+    if side.reading.metadata is not None:
+        return (
+            "only the projector of the GGUF file was run, in the base's model: not its vision "
+            "tower, nor the text model that goes with it"
+        )
+    return ""
 
 
 def teller(session: Session) -> Callable[[str, int, int], None]:
@@ -158,7 +185,12 @@ def standing(
 
 
 def unheard(
-    required: Depth, depth: Depth, not_probed: str, evidence: Evidence | None, projectors: int
+    required: Depth,
+    depth: Depth,
+    not_probed: str,
+    evidence: Evidence | None,
+    projectors: int,
+    left: str,
 ) -> str:
     """What a verdict at depth behaviour lacks; empty where nothing is missing or wanted."""
     if evidence is None:
@@ -170,6 +202,8 @@ def unheard(
             f"the budget of {evidence.budget:,} answers was spent after {evidence.probes} of "
             f"{evidence.planned} probes"
         )
+    if left:
+        return left
     if projectors > 1:
         return "only the projector that transformers loads first was run"
     return ""

@@ -151,6 +151,15 @@ class Projector:
         return tuple(layer for layer in self.linears if not on_it or layer.role in on_it)
 
     @property
+    def entry(self) -> str:
+        """The module that features are handed to, where the prefix holds other things, too."""
+        if self.recipe is None:
+            return self.prefix
+        reads = f"{self.recipe.reads}."
+        inner = [p for p, place in self.recipe.parts.items() if reads.startswith(f"{place}.")]
+        return f"{self.prefix}.{inner[0]}".strip(".") if inner else self.prefix
+
+    @property
     def in_features(self) -> int:
         """Width of what the encoder hands over; 0 where no matrix says."""
         return self.path[0].shape[1] if self.linears else 0
@@ -226,12 +235,12 @@ def locate(
 
     By family; and what no family describes, by its position between two models, as `family`
     `unknown` (`position.py`). `config` is the parsed config.json: it decides between families of
-    the same names, and gives the activation and the language model's width. Where it names classes
-    and none that the family lists, the forward path is not known. Raises FormatError where a
-    projector is incomplete or its layers do not chain.
+    the same names, and gives the activation and the language model's width. Where its classes
+    (`classes_of`) are none that the family lists, the forward path is not known. Raises FormatError
+    where a projector is incomplete or its layers do not chain.
     """
     _check_config(config or {})
-    architectures = set(strings((config or {}).get("architectures")))
+    architectures = set(classes_of(config or {}))
     known = sorted(families(), key=lambda f: not architectures & set(f.architectures))
     found: dict[str, Projector] = {}
     candidates = likely(shapes)
@@ -300,12 +309,32 @@ def _of_class(
             )
 
 
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config names, or stand for its model type; that type where it is unknown.
+
+    Untrusted text. Empty where it names neither.
+    """
+    named = strings(config.get("architectures"))
+    kind = config.get("model_type")
+    if named or not isinstance(kind, str) or not kind:
+        return named
+    return list(_model_types().get(kind, (kind,)))
+
+
+@cache
+def _model_types() -> Mapping[str, tuple[str, ...]]:
+    import yaml
+
+    file = Path(__file__).parent / "model_types.yaml"
+    return {kind: tuple(names) for kind, names in yaml.safe_load(file.read_text("utf-8")).items()}
+
+
 def undeclared(projector: Projector, config: Mapping[str, Any]) -> str:
     """The class of the config that the projector's family does not list; empty where it lists one.
 
     Untrusted text. Empty, too, where the config names no class or the family is not known.
     """
-    named = strings(config.get("architectures"))
+    named = classes_of(config)
     family = next((f for f in families() if f.name == projector.family), None)
     return named[0] if family and named and set(named).isdisjoint(family.architectures) else ""
 

@@ -53,6 +53,8 @@ class Audit:
     """Why there is no base; empty where there is one."""
     projectors: int
     """Of the target, over all its readings."""
+    left_out: str
+    """What of the audited model is not in the one that was run; empty where it is all of it."""
 
 
 def report_of(
@@ -79,7 +81,12 @@ def report_of(
     if audit.without_base:
         unevaluated = (Unevaluated("base", "checkpoint", audit.without_base), *unevaluated)
     missing = unheard(
-        ruleset.depth, audit.depth, audit.not_probed, audit.evidence, audit.projectors
+        ruleset.depth,
+        audit.depth,
+        audit.not_probed,
+        audit.evidence,
+        audit.projectors,
+        audit.left_out,
     )
     if missing:
         unevaluated = (Unevaluated("behaviour", "checkpoint", missing), *unevaluated)

@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from projaudit import ProjauditError, locate
-from projaudit.projector import families
+from projaudit.projector import classes_of, families
 from projaudit.readings import parameter
 
 DATA = Path(__file__).parent / "data"
@@ -67,6 +67,17 @@ MODULES = {
 # Debatable by the data's own word, and not located as it says: the last layer of an encoder that
 # has no projector behind it, and an adapter within a speech encoder.
 DEBATABLE = {"inkling_mm_model", "seamless_m4t", "seamless_m4t_v2"}
+
+
+def test_model_types_stand_for_the_classes_that_transformers_builds() -> None:
+    """What is missing in model_types.yaml is what a release of transformers has brought."""
+    listed = {name for family in families() for name in family.architectures}
+    built: dict[str, set[str]] = {}
+    for kind, name in classes():
+        if name in listed:
+            built.setdefault(kind, set()).add(name)
+    for kind, names in built.items():
+        assert set(classes_of({"model_type": kind})) == names, kind
 
 
 def classes() -> list[tuple[str, str]]:

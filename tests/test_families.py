@@ -19,7 +19,7 @@ from projaudit.analyses.nulls import real_change
 from projaudit.analyses.responses import _shift, _states
 from projaudit.chain import forward, parse
 from projaudit.findings import Verdict
-from projaudit.projector import Projector, locate
+from projaudit.projector import Projector, locate, undeclared
 from projaudit.update import pair
 
 VISION = {
@@ -628,6 +628,26 @@ def test_a_projector_that_only_shares_names_with_a_family_is_of_none():
         assert set(projector.tensors) == set(shapes)
     (known,) = locate({w1: (16, 12), w2: (16, 16)})
     assert known.family == "llava"
+
+
+def test_a_config_without_a_class_is_of_its_model_type() -> None:
+    module = "multi_modal_projector"
+    shapes = {
+        f"{module}.layer_norm.weight": (48,), f"{module}.layer_norm.bias": (48,),
+        f"{module}.linear_1.weight": (64, 48), f"{module}.linear_1.bias": (64,),
+        f"{module}.linear_2.weight": (64, 64), f"{module}.linear_2.bias": (64,),
+    }  # fmt: skip
+    text = {"text_config": {"hidden_size": 64}}
+    for kind, family, eps in (("internvl", "internvl", 1e-5), ("lfm3_vl", "lfm3-vl", 1e-6)):
+        (found,) = locate(shapes, {"model_type": kind, **text})
+        assert (found.family, found.norm_eps, found.kind) == (family, eps, "norm+mlp2")
+    # The class decides where both are named; of a type that nobody knows, nothing is known.
+    named = {"model_type": "lfm3_vl", "architectures": ["InternVLForConditionalGeneration"]}
+    assert locate(shapes, {**named, **text})[0].family == "internvl"
+    (found,) = locate(shapes, {"model_type": "of_my_own", **text})
+    assert (found.chain, undeclared(found, {"model_type": "of_my_own"})) == ((), "of_my_own")
+    (found,) = locate(shapes, text)
+    assert found.chain  # by its names alone
 
 
 def test_a_text_model_has_no_projector():

@@ -60,8 +60,8 @@ class Memory:
 
 ODD: list[Json] = [
     None, True, False, 0, -1, 1, 2, 8, 1 << 31, 1 << 63, 10**30, 0.5, 1e308, "", "a", "../x", "/",
-    "re:(a*)*b", "re:[", "Linear", "\x1b[2J\n", "\u202e", "model.safetensors", "a" * 5000, [], {},
-    [[]], [1], ["a"], [None], {"a": {}}, {"": ""}, {"quant_method": "fp8"}, {"weights": []},
+    "re:(a*)*b", "re:[", "Linear", "\x1b[2J\n", "\u202e", "\u2002", "model.safetensors", "a" * 5000,
+    [], {}, [[]], [1], ["a"], [None], {"a": {}}, {"": ""}, {"quant_method": "fp8"}, {"weights": []},
 ]  # fmt: skip
 PIECES = [
     b'"', b"{", b"}", b"[", b"]", b",", b":", b"0", b"-", b"NaN", b"Infinity", b"1e999", b"null",

@@ -66,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "check", once)
 
     def here(request: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        work = mend.mend if "last" in request else probe
+        work = mend.mend if "last_bias" in request else probe
         told = work(request, lambda what, done, total: None)
         return json.loads(json.dumps({**told, "sandbox": ENFORCED}))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp, vjp
 
 from projaudit.behaviour.speaker import Side, Speaker
+from projaudit.projector import Linear
 
 POINTS = 128
 """Token features at which Jacobians and drift are averaged."""
@@ -17,35 +18,40 @@ POINTS = 128
 
 @dataclass(frozen=True)
 class InputDirection:
-    """A unit vector of the projector's input space."""
+    """A direction of the projector's input space."""
 
     source: str
     """`ΔW₁`, `ΔJ`, `drift` or `random`."""
     number: int
     vector: Tensor
+    """(in,), of length 1; or (tokens, in), of mean length 1, where each token moves in its way."""
 
 
 def directions(
     speaker: Speaker,
     tuned: Side,
     base: Side,
-    first: str,
+    first: Linear,
     features: Tensor,
     count: int,
     generator: torch.Generator,
 ) -> list[InputDirection]:
     """The `count` leading directions of each source, at features (images, tokens, in).
 
-    ΔW₁: right singular vectors of the first layer's update (`first` is its weight's name).
-    ΔJ: right singular vectors of the mean difference of Jacobians. drift: Jᵀu for the leading
-    right singular vectors u of P_tuned(x) − P_base(x) (ProjLens 1.3), J the tuned Jacobian.
+    ΔW₁: right singular vectors of the first layer's update, carried back to the features where it
+    reads several tokens at once. ΔJ: right singular vectors of the mean difference of Jacobians.
+    drift: Jᵀu for the leading right singular vectors u of P_tuned(x) − P_base(x) (ProjLens 1.3), J
+    the tuned Jacobian. Where a projector reads whole sets of tokens, ΔW₁ alone.
     """
+    delta = first.matrix((tuned[first.weight] - base[first.weight]).float())
+    leading = torch.linalg.svd(delta, full_matrices=False)[2][:count]
+    found = _of_first(speaker, first, leading, features)
+    if not speaker.by_token:
+        return found
     flat = features.flatten(0, -2)
     keep = torch.randperm(len(flat), generator=generator)[:POINTS].to(flat.device)
     x = flat[keep]
     after, before = _function(speaker, tuned), _function(speaker, base)
-    delta = (tuned[first] - base[first]).float()
-    found = _from_rows("ΔW₁", torch.linalg.svd(delta, full_matrices=False)[2][:count])
     found += _from_rows("ΔJ", _jacobian_change(after, before, x, count, generator))
     drift = after(x) - before(x)
     outputs = torch.linalg.svd(drift, full_matrices=False)[2][:count]
@@ -53,6 +59,24 @@ def directions(
     found += _from_rows(
         "drift", torch.stack([pull(u.expand(len(x), -1))[0].mean(0) for u in outputs])
     )
+    return found
+
+
+def _of_first(
+    speaker: Speaker, first: Linear, rows: Tensor, features: Tensor
+) -> list[InputDirection]:
+    """Directions of the first layer's inputs as directions of features.
+
+    Where it reads several tokens at once, the gradient of what it is handed along the direction, at
+    the features of the first image; none where it is handed no rows of its width.
+    """
+    if rows.shape[1] == features.shape[-1]:
+        return _from_rows("ΔW₁", rows)
+    found = []
+    for number, row in enumerate(rows, 1):
+        back = speaker.pulled(first.weight, row, features[:1])
+        if back is not None and float(back.norm()) > 0:
+            found.append(InputDirection("ΔW₁", number, back / back.norm(dim=-1).mean()))
     return found
 
 

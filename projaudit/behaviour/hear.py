@@ -7,15 +7,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
 from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory, without_own_model
+from projaudit.behaviour.rewrite import require_floats, rewrite
 from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
+from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.evidence import Evidence, from_plain
 from projaudit.projector import Projector
 
@@ -40,6 +42,12 @@ class Part:
     projector: Projector
     tensors: Mapping[str, torch.Tensor]
     """By name on disk, in their storage dtype."""
+    adapted: bool = False
+    """Whether an adapter was merged into what the checkpoint holds."""
+    alone: bool = False
+    """Whether its files hold no more of a model than a projector: it is run in its base's."""
+    left: str = ""
+    """What of the model that was audited is not in the one that is run."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Asked:
 
 def parameters(checkpoint: Checkpoint) -> int:
     """The number of values in the weights that transformers loads."""
-    return sum(math.prod(info.shape) for info in checkpoint.readings[0].tensors.values())
+    return sum(map(math.prod, checkpoint.readings[0].shapes.values()))
 
 
 def weight_files(checkpoint: Checkpoint) -> list[str]:
@@ -73,11 +81,18 @@ def budget_of(checkpoint: Checkpoint, asked: Asked) -> int:
     return BUDGET if parameters(checkpoint) <= SMALL else BUDGET_LARGE
 
 
+def host(target: Part, base: Part | None) -> Part:
+    """The side whose model is run: the target, but for a projector alone."""
+    if not target.alone:
+        return target
+    if base is None:
+        raise CouldNotProbe("a projector alone needs a base, whose model it is run in")
+    return base
+
+
 def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raises CouldNotProbe where depth behaviour cannot be run here: cheap, downloads nothing."""
     require_extra()
-    if checkpoint.adapter is not None:
-        raise CouldNotProbe("it is an adapter, which may change more than the projector")
     if checkpoint.source.ref.path is not None and not checkpoint.source.ref.path.is_dir():
         raise CouldNotProbe("a single file has no language model, tokenizer and vision tower")
     _require_memory(memory(checkpoint, device), device)
@@ -94,6 +109,8 @@ def _require_memory(need: int, device: torch.device) -> None:
 
 def require_unasked(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raises CouldNotProbe where depth behaviour is not run unless it is asked for."""
+    if checkpoint.adapter is not None:
+        raise CouldNotProbe("it is an adapter; --depth behaviour runs it in the model it is for")
     require_runnable(checkpoint, device)
     if parameters(checkpoint) > SMALL and device.type == "cpu":
         raise CouldNotProbe("its language model takes hours on a CPU; --depth behaviour runs it")
@@ -165,7 +182,7 @@ def hear(
                 "prompts": None if asked.prompts is None else list(asked.prompts),
                 "images": None if asked.images is None else list(asked.images),
                 "requests": None if asked.requests is None else list(asked.requests),
-                "budget": budget_of(target.checkpoint, asked),
+                "budget": budget_of(host(target, base).checkpoint, asked),
             },
             **run.limits,
             progress=progress,
@@ -199,39 +216,41 @@ def staged(
     """
     from safetensors.torch import save_file
 
-    if target.projector.recipe is not None:
-        raise CouldNotProbe("its projector is no chain of layers, which alone are swapped")
-    if not target.projector.chain:
+    ours = host(target, base)
+    if not ours.projector.chain and ours.projector.recipe is None:
         raise CouldNotProbe("what its projector computes is not known")
-    if target.projector.path[0].layout != "plain":
-        raise CouldNotProbe("the weight of its projector's first layer is no linear layer's")
-    require_runnable(target.checkpoint, device)
+    require_runnable(ours.checkpoint, device)
+    large = parameters(ours.checkpoint) > SMALL
+    dtype, size = "bfloat16" if large else "float32", memory(ours.checkpoint, device)
+    tuned = target.tensors if ours is target else by_role(ours.projector, target)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
-        model = stage(target.checkpoint.source, weight_files(target.checkpoint), place / "target")
-        notes, base_folder = [], None
-        if base is not None and other_model:
+        model = _staged(ours.checkpoint, dtype, place / "target")
+        notes, base_folder = [target.left] if target.left else [], None
+        if base is not None and other_model and ours is target and not target.adapted:
             try:
-                _require_memory(memory(target.checkpoint, device) * 2, device)
-                source = base.checkpoint.source
-                base_folder = stage(source, weight_files(base.checkpoint), place / "base")
+                _require_memory(size * 2, device)
+                base_folder = _staged(base.checkpoint, dtype, place / "base")
             except CouldNotProbe as why:
                 notes.append(without_own_model(why.reason))
-        save_file(_contiguous(target.tensors), place / "tuned.safetensors")
+        files = {"tuned": tuned}
         if base is not None:
-            save_file(by_role(target.projector, base), place / "base.safetensors")
-        large = parameters(target.checkpoint) > SMALL
-        size = memory(target.checkpoint, device)
+            files["base"] = by_role(ours.projector, base)
+        files["stored"] = files["base"] if target.adapted or ours is base else tuned
+        for name, tensors in files.items():
+            save_file(_contiguous(tensors), place / f"{name}.safetensors")
         yield Staged(
             {
                 "folder": str(model),
                 "base_folder": None if base_folder is None else str(base_folder),
-                "tuned": str(place / "tuned.safetensors"),
-                "base": None if base is None else str(place / "base.safetensors"),
-                "prefix": target.projector.prefix,
-                "first": target.projector.path[0].weight,
+                "base": None,
+                **{name: str(place / f"{name}.safetensors") for name in files},
+                "prefix": ours.projector.prefix,
+                "entry": ours.projector.entry,
+                "first": asdict(ours.projector.path[0]),
+                "last": ours.projector.path[-1].weight,
                 "device": str(device),
-                "dtype": "bfloat16" if large else "float32",
+                "dtype": dtype,
                 "seed": seed,
                 "notes": notes,
             },
@@ -244,31 +263,50 @@ def staged(
         )
 
 
+def _staged(checkpoint: Checkpoint, dtype: str, into: Path) -> Path:
+    """The folder with the model of a checkpoint; its weights as they are, or made float."""
+    files = weight_files(checkpoint)
+    floats = all(file.endswith(".safetensors") for file in files)
+    if floats and not checkpoint.readings[0].packed:
+        return stage(checkpoint.source, files, into)
+    require_floats(checkpoint)
+    stage(checkpoint.source, None, into)
+    try:
+        rewrite(checkpoint, dtype, into)
+    except (FormatError, LimitError, UnsupportedError) as error:
+        raise CouldNotProbe(str(error)) from None
+    return into
+
+
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def by_role(projector: Projector, base: Part) -> dict[str, torch.Tensor]:
-    """The base's tensors under the target's names of the same roles.
+def by_role(projector: Projector, other: Part) -> dict[str, torch.Tensor]:
+    """The tensors of another part under this projector's names of the same roles, laid as its own.
 
-    A bias that the base lacks is zero there; what only the base has cannot be put in.
+    A bias that the other lacks is zero there; what only the other has cannot be put in.
     """
     import torch
 
-    theirs = {layer.role: layer for layer in base.projector.linears}
+    theirs = {layer.role: layer for layer in other.projector.linears}
     found: dict[str, torch.Tensor] = {}
     for layer in projector.linears:
-        other = theirs.get(layer.role)
-        if other is None or (other.shape, other.layout) != (layer.shape, layer.layout):
+        of = theirs.get(layer.role)
+        unlike = of is not None and of.layout != layer.layout
+        if (
+            of is None
+            or of.shape != layer.shape
+            or (unlike and "unfold" in (of.layout, layer.layout))
+        ):
             raise CouldNotProbe(f"the base has no {layer.role} of the target's shape")
-        found[layer.weight] = base.tensors[other.weight]
+        tensor = other.tensors[of.weight]
+        found[layer.weight] = tensor.T if unlike else tensor
         if layer.bias is not None:
-            found[layer.bias] = (
-                base.tensors[other.bias] if other.bias else torch.zeros(layer.shape[0])
-            )
+            found[layer.bias] = other.tensors[of.bias] if of.bias else torch.zeros(layer.shape[0])
     for role, name in projector.vectors.items():
-        if role in base.projector.vectors:
-            found[name] = base.tensors[base.projector.vectors[role]]
+        if role in other.projector.vectors:
+            found[name] = other.tensors[other.projector.vectors[role]]
     return _contiguous(found)
 
 

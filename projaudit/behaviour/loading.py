@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from projaudit.behaviour.places import find_place
 from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
 from projaudit.behaviour.speaker import Side, Speaker
+from projaudit.projector import Linear
 
 LARGEST_IMAGE = 448
 """Pixels; what resizes its images to more is given images of this size."""
@@ -19,36 +23,43 @@ LARGEST_IMAGE = 448
 
 def load(
     request: Mapping[str, Any],
-) -> tuple[tuple[Speaker, Side], tuple[Speaker, Side] | None, str]:
-    """The tuned model and projector, the base's, and the first layer's weight in the module.
+) -> tuple[tuple[Speaker, Side], tuple[Speaker, Side] | None, Linear]:
+    """The tuned model and projector, the base's, and the first layer by its names in the module.
 
-    A base of its own that cannot be loaded is left out, which is added to the list
-    `request["notes"]`. Raises CouldNotProbe where transformers cannot build the target, has no
-    weights for a part of it, or loads another projector than the one that was audited.
+    `request`: `folder` (staged), `base_folder` (that of the base's own model, or None); safetensors
+    files of the projector's tensors by their names in the folder: `stored` (as it holds them),
+    `tuned`, `base` (or None); `prefix` (the projector's module), `entry` (what the features go
+    into, where that module holds other things), `first` (the layer that reads them: the values of a
+    `Linear`), `last` (the weight of the one that gives the outputs); `device`, `dtype`. A base of
+    its own that cannot be loaded is left out, which is added to the list `request["notes"]`. Raises
+    CouldNotProbe where transformers cannot build the model, has no weights for a part of it, or
+    loads another projector than the one that was audited.
     """
-    speaker = _speaker(request["folder"], request)
-    tuned_on_disk = load_file(request["tuned"])
-    names = _names(speaker, tuned_on_disk, request["prefix"])
-    tuned = _side(speaker, tuned_on_disk, names)
-    state = speaker.projector.state_dict()
-    for name, tensor in tuned.items():
-        if not torch.equal(state[name], tensor):
+    stored = load_file(request["stored"])
+    speaker, names = _speaker(request["folder"], request, stored)
+    own = _side(speaker, stored, names)
+    for name, tensor in own.items():
+        if not torch.equal(speaker.projector.state_dict()[name], tensor):
             raise CouldNotProbe(f"transformers loads another {name} than the one audited")
-    first = names[request["first"]]
+    tuned = {**own, **_side(speaker, load_file(request["tuned"]), names)}
+    first = _renamed(Linear(**request["first"]), names)
     if request["base"] is None:
         return (speaker, tuned), None, first
     other = speaker
     if request["base_folder"] is not None:
         try:
-            other = _speaker(request["base_folder"], request)
+            other, _ = _speaker(request["base_folder"], request, stored)
         except CouldNotProbe as why:
             request["notes"].append(without_own_model(why.reason))
     base = _side(speaker, load_file(request["base"]), names)
     return (speaker, tuned), (other, {**tuned, **base}), first
 
 
-def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def _speaker(
+    folder: str, request: Mapping[str, Any], stored: Mapping[str, Tensor]
+) -> tuple[Speaker, Mapping[str, str]]:
+    """The model of a folder, and the names in its projector of the tensors on disk."""
+    from transformers import AutoModelForImageTextToText
 
     place, device = Path(folder), torch.device(request["device"])
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -59,13 +70,10 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
             dtype=getattr(torch, request["dtype"]),
             device_map={"": device},
             use_safetensors=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
             **local,
         )
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            place, **local
-        )
+        processor: Any = processor_class(model).from_pretrained(place, **local)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a hostile or unknown configuration makes it raise
@@ -79,32 +87,35 @@ def _speaker(folder: str, request: Mapping[str, Any]) -> Speaker:
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CouldNotProbe("transformers finds no tokenizer and image processor for it")
     _decode_plainly(model)
-    word = request["prefix"].rpartition(".")[2]
-    inside = [in_module(n, request["prefix"]) for n in _inside(request)]
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] == word and set(inside) <= module.state_dict().keys():
-            model.eval()
-            return Speaker(model, processor, module, device)
-    raise CouldNotProbe(f"transformers builds no module {word} with the projector's tensors")
+    where = find_place(
+        model,
+        stored,
+        request["prefix"],
+        request["entry"],
+        request["first"]["weight"],
+        request["last"],
+    )
+    model.eval()
+    return Speaker(model, processor, where.home, device, where.entry, where.exit), where.names
 
 
-def in_module(name: str, prefix: str) -> str:
-    """A tensor's name in the projector's module, of its name on disk."""
-    return name.removeprefix(prefix).lstrip(".")
+def processor_class(model: Any) -> Any:
+    """The class that loads the processor; without torchvision one that leaves videos out.
+
+    Only videos need torchvision, but a processor that knows them does not load without it.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoProcessor
+
+    known: Any = PROCESSOR_MAPPING.get(type(model.config), None)
+    if find_spec("torchvision") is not None or known is None:
+        return AutoProcessor
+    stills = [name for name in known.get_attributes() if name != "video_processor"]
+    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _: stills)})
 
 
-def _inside(request: Mapping[str, Any]) -> list[str]:
-    return [name for name in load_file(request["tuned"]) if name.startswith(request["prefix"])]
-
-
-def _names(speaker: Speaker, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
-    """Name on disk -> name in the projector's module, of the tensors that live in it."""
-    names = {n: in_module(n, prefix) for n in tensors if n.startswith(prefix)}
-    state = speaker.projector.state_dict()
-    for disk, name in names.items():
-        if state[name].shape != tensors[disk].shape:
-            raise CouldNotProbe(f"transformers builds {name} in another shape than it has on disk")
-    return names
+def _renamed(layer: Linear, names: Mapping[str, str]) -> Linear:
+    bias = None if layer.bias is None else names[layer.bias]
+    return replace(layer, weight=names[layer.weight], bias=bias, shape=(*layer.shape,))
 
 
 def _side(speaker: Speaker, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Side:
@@ -112,8 +123,12 @@ def _side(speaker: Speaker, tensors: Mapping[str, Tensor], names: Mapping[str, s
     found = {}
     for disk, tensor in tensors.items():
         if disk in names:
-            like = state[names[disk]]
-            found[names[disk]] = tensor.to(like.device, like.dtype)
+            name = names[disk]
+            if state[name].shape != tensor.shape:
+                raise CouldNotProbe(
+                    f"transformers builds {name} in another shape than it has on disk"
+                )
+            found[name] = tensor.to(state[name].device, state[name].dtype)
     return found
 
 

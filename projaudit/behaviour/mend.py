@@ -33,6 +33,7 @@ from projaudit.behaviour.probe import study_of
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Heard, Tokens, candidates, gather, whole
 from projaudit.evidence import Method, Tried
+from projaudit.projector import Linear
 
 WORTH = 1.0
 """Strength from which a text is ended: that of the rules."""
@@ -146,7 +147,7 @@ def mended(
     request: Mapping[str, Any],
     tuned: tuple[Speaker, Side],
     base: tuple[Speaker, Side] | None,
-    first: str,
+    first: Linear,
     tell: Tell,
     hand: Callable[[Side], None] | None = None,
 ) -> dict[str, Any]:
@@ -236,7 +237,8 @@ def kinds(task: Task) -> list[Kind]:
         return speaker.inputs(tuned, name, features)
 
     h, m, p = (inputs(weight, x) for x in (study.plain, marked.marked, marked.plain))
-    moved = inputs(study.first, marked.marked) - inputs(study.first, marked.plain)
+    first = study.first.weight
+    moved = inputs(first, marked.marked) - inputs(first, marked.plain)
     along = torch.linalg.svd(moved, full_matrices=False)[2]
 
     def unlearned(strength: float) -> tuple[Side, Correction]:
@@ -246,13 +248,13 @@ def kinds(task: Task) -> list[Kind]:
 
     def projected(k: float) -> tuple[Side, Correction]:
         v = along[: int(k)]
-        by = Correction(-(tuned[study.first] - base[study.first]) @ v.T, v, None)
-        return without_directions(tuned, base, study.first, v), by
+        by = Correction(-(tuned[first] - base[first]) @ v.T, v, None)
+        return without_directions(tuned, base, first, v), by
 
     return [
         Kind("unlearn", STRENGTHS, unlearned),
         Kind("project", DIRECTIONS, projected),
-        Kind("top-k", TOPS, lambda k: (without_top(tuned, base, [study.first], int(k)), None)),
+        Kind("top-k", TOPS, lambda k: (without_top(tuned, base, [first], int(k)), None)),
         Kind("shrink", SHARES, lambda share: (shrunk(tuned, base, share), None)),
         Kind("clip", (1.0,), lambda _: (clipped(tuned, base, task.matrices), None)),
         Kind("revert", (0.0,), lambda _: (shrunk(tuned, base, 0.0), None)),

@@ -13,6 +13,7 @@ from projaudit.behaviour import images as pictures
 from projaudit.behaviour.directions import InputDirection, amplified, directions, random_directions
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Speech, Tokens
+from projaudit.projector import Linear
 
 MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
@@ -81,8 +82,8 @@ class Study:
 
     tuned: Voice
     base: Voice | None
-    first: str
-    """Name of the first layer's weight in the projector's module."""
+    first: Linear
+    """The layer that reads the features, by its names in the projector's module."""
     prompts: int
     ordinary: Sequence[pictures.Image]
     plain: Tensor
@@ -166,7 +167,7 @@ def _along(study: Study) -> list[Probe]:
 
         def features(images: Sequence[int]) -> Tensor:
             moved = study.plain[list(images)].clone()
-            moved[:, where] += shift
+            moved[:, where] += shift if shift.ndim == 1 else shift[where]
             return moved
 
         name = f"{direction.source} {direction.number}, {length:+g} on {place}"

@@ -31,7 +31,12 @@ from projaudit.behaviour.texts import (
     whole,
 )
 from projaudit.evidence import OpenText, Payload, ShortCut
+from projaudit.projector import Linear
 
+NO_JACOBIANS = (
+    "its projector reads several tokens at once: no features were moved along the directions in "
+    "which its Jacobian or its outputs changed most"
+)
 SEARCH_STEPS = 24
 CLOSER = 2
 """Texts that are looked at closely."""
@@ -40,11 +45,9 @@ CLOSER = 2
 def probe(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     """`evidence.Evidence`, but for its sandbox, as JSON values.
 
-    `request`: `folder` (staged repository), `base_folder` (the base's, where more than the
-    projector differs), `tuned` and `base` (safetensors files of the projector's tensors by their
-    names on disk), `prefix` (the projector's module on disk), `first` (its first layer's weight),
-    `prompts`, `images` and `requests` (None for the defaults), `device`, `dtype`, `seed`, `budget`
-    (answers), `notes` (a list, which may grow). Raises CouldNotProbe with a reason.
+    `request`: what `loading.load` needs; `prompts`, `images` and `requests` (None for the
+    defaults), `seed`, `budget` (answers), `notes` (a list, which may grow). Raises CouldNotProbe
+    with a reason.
     """
     tell("load model", 0, 0)
     return weigh(request, *prepare(request), tell)
@@ -104,7 +107,7 @@ def study_of(
     request: Mapping[str, Any],
     tuned: tuple[Speaker, Side],
     base: tuple[Speaker, Side] | None,
-    first: str,
+    first: Linear,
 ) -> tuple[Study, tuple[str, ...], tuple[str, ...]]:
     """As `prepare`, of models that are loaded."""
     speaker, scale = tuned[0], SIZES[request["dtype"]]
@@ -119,6 +122,9 @@ def study_of(
     for voice in (tuned, base):
         if voice is not None:
             voice[0].prepare(prompts, ordinary[0])
+            voice[0].settle(ordinary)
+    if not speaker.by_token and NO_JACOBIANS not in request["notes"]:
+        request["notes"].append(NO_JACOBIANS)
     of = Study(
         tuned=Voice(*tuned),
         base=None if base is None else Voice(*base),

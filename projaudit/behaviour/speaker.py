@@ -17,12 +17,16 @@ ROWS = 384
 """Most answers that are decoded at once."""
 ROOM = 3 << 30
 """Bytes of activations that a batch may take: what a 24 GB card has left beside 7B in bfloat16."""
+SETS = 64
+"""Images that are seen at once."""
 Side = Mapping[str, Tensor]
 """The tensors of a projector by their names in its module."""
 
 
 _NO_WORD = 0
 """Token that is scored in the place of one that stands for an image."""
+# What Q-Formers call the features that their queries read.
+_FEATURES = ("encoder_hidden_states",)
 
 
 class _Enough(Exception):
@@ -36,14 +40,24 @@ class Speaker:
     model: Any
     processor: Any
     projector: nn.Module
+    """What holds the tensors that are swapped."""
     device: torch.device
+    entry: nn.Module | None = None
+    """What is handed the features; None: the projector."""
+    exit: nn.Module | None = None
+    """What gives its outputs; None: the projector."""
+    by_token: bool = True
+    """Whether `projector` can be called alone, on features (…, in) in any arrangement."""
     answers: int = 0
     """Answers decoded so far."""
     passes: int = 0
     """Rows that went through the language model to score a text, backward or not."""
     _ids: Tensor = field(init=False)
     _mask: Tensor = field(init=False)
+    _kinds: dict[str, Tensor] = field(init=False)
+    """What else there is for every token of a prompt."""
     _one: dict[str, Tensor] = field(init=False)
+    """What there is of an image."""
     _text: str = field(init=False)
     _instead: Tensor | None = None
     _capture: bool = False
@@ -51,18 +65,26 @@ class Speaker:
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
-        self.projector.register_forward_pre_hook(self._intercept)
+        entry = self.entry or self.projector
+        entry.register_forward_pre_hook(self._intercept, with_kwargs=True)
 
-    def _intercept(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _intercept(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Reads the projector's input, or puts probe features in its place."""
-        if not args or not isinstance(args[0], Tensor):
+        key = next((k for k in _FEATURES if isinstance(named.get(k), Tensor)), None)
+        given = named[key] if key else args[0] if args else next(iter(named.values()), None)
+        if not isinstance(given, Tensor) or not given.is_floating_point():
             raise CouldNotProbe("its projector takes its features in a way that is not known")
         if self._capture:
-            self._seen = args[0].detach()
+            self._seen = given.detach()
             raise _Enough
         if self._instead is None:
             return None
-        return (self._instead.to(args[0].dtype).reshape(args[0].shape), *args[1:])
+        moved = self._instead.to(given.dtype).reshape(given.shape)
+        if args and not key:
+            return (moved, *args[1:]), named
+        return args, {**named, key or next(iter(named)): moved}
 
     def prepare(self, prompts: Sequence[str], image: Image) -> None:
         """Sets the prompts, by the model's own chat template; all images have the size of `image`.
@@ -72,17 +94,45 @@ class Speaker:
         try:
             texts = [self._chat(prompt) for prompt in prompts]
         except (ValueError, TypeError, AttributeError) as error:
-            raise CouldNotProbe(f"its chat template does not work: {error}") from None
-        encoded = self.processor(
-            text=texts, images=[image] * len(texts), padding=True, return_tensors="pt"
-        ).to(self.device)
-        self._ids, self._mask = _left(encoded.pop("input_ids"), encoded.pop("attention_mask"))
+            if getattr(self.processor, "chat_template", None) or not self._places_images(image):
+                raise CouldNotProbe(f"its chat template does not work: {error}") from None
+            texts = list(prompts)  # as models without one are asked
+        encoded = self._encoded(texts, [image] * len(texts), padding=True)
+        ids, mask = encoded.pop("input_ids"), encoded.pop("attention_mask")
+        self._kinds = {
+            name: _left(encoded[name], mask)[0]
+            for name in list(encoded)
+            if isinstance(encoded[name], Tensor) and encoded[name].shape == ids.shape
+        }
+        self._ids, self._mask = _left(ids, mask)
         self._one = {
             name: value[: len(value) // len(texts)]
             for name, value in encoded.items()
-            if isinstance(value, Tensor) and len(value) and len(value) % len(texts) == 0
+            if isinstance(value, Tensor)
+            and name not in self._kinds
+            and len(value)
+            and len(value) % len(texts) == 0
         }
         self._text = texts[0]
+
+    def _places_images(self, image: Image) -> bool:
+        """Whether the processor itself puts the tokens of an image before a text without them."""
+        config = self.model.config
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", 0)
+        try:
+            ids = self._encoded(["a"], [image])["input_ids"]
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+            return False
+        return token is not None and bool((ids == token).any())
+
+    def _encoded(self, texts: Sequence[str], images: Sequence[Image], **how: Any) -> Any:
+        """What the processor makes of texts with an image each."""
+        from PIL import Image as Picture
+
+        shown = [[Picture.fromarray(image)] for image in images]
+        return self.processor(text=list(texts), images=shown, return_tensors="pt", **how).to(
+            self.device
+        )
 
     def _chat(self, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -95,11 +145,9 @@ class Speaker:
     def features(self, images: Sequence[Image]) -> Tensor:
         """(images, tokens, in) in float32: what the vision tower hands to the projector."""
         found = []
-        for start in range(0, len(images), 64):
-            batch = list(images[start : start + 64])
-            encoded = self.processor(
-                text=[self._text] * len(batch), images=batch, return_tensors="pt"
-            ).to(self.device)
+        for start in range(0, len(images), SETS):
+            batch = list(images[start : start + SETS])
+            encoded = self._encoded([self._text] * len(batch), batch)
             self._capture = True
             try:
                 self.model(**self._cast(encoded))
@@ -109,8 +157,52 @@ class Speaker:
                 self._capture = False
             if self._seen is None:
                 raise CouldNotProbe("its projector is not reached from an image")
+            if self._seen.ndim > 3:
+                raise CouldNotProbe("its projector is handed whole feature maps, and no tokens")
+            if self._seen.shape[:-1].numel() % len(batch):
+                raise CouldNotProbe("its images have not the same number of tokens")
             found.append(self._seen.float().reshape(len(batch), -1, self._seen.shape[-1]))
         return torch.cat(found)
+
+    @torch.no_grad()
+    def settle(self, images: Sequence[Image]) -> None:
+        """Finds out how the projector is called, of the first two images.
+
+        Raises CouldNotProbe where the features of one image in another's place do not give the
+        answer to the image itself: then more than they tells the language model what is in it.
+        """
+        features = self.features(images[:2])
+        self.by_token = self._is_by_token(features[0])
+        first, second = (self._next(image) for image in images[:2])
+        moved = self._scores(features[1:], [0], [()], 1)[:, -1]
+        apart = float((moved - second).abs().max())
+        noise = 1e-4 if self.model.dtype == torch.float32 else 0.1
+        if not apart <= max(noise, 0.1 * float((first - second).abs().max())):
+            raise CouldNotProbe(
+                "what its projector is handed is not all that the language model has of an image"
+            )
+
+    def _is_by_token(self, features: Tensor) -> bool:
+        """Whether the projector gives one output for every token, whatever stands beside it."""
+        if {self.entry or self.projector, self.exit or self.projector} != {self.projector}:
+            return False
+        dtype, some = next(self.projector.parameters()).dtype, max(1, len(features) // 2)
+        try:
+            whole, part = (self.projector(x.to(dtype)) for x in (features, features[:some]))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return False
+        return (
+            isinstance(whole, Tensor)
+            and whole.shape[:-1] == features.shape[:-1]
+            and torch.allclose(whole[:some].float(), part.float(), rtol=1e-2, atol=1e-3)
+        )
+
+    def _next(self, image: Image) -> Tensor:
+        """(1, vocabulary): ln p of the first word of the answer to an image, as a user asks."""
+        logits: Tensor = self.model(**self._cast(self._encoded([self._text], [image]))).logits[
+            :, -1
+        ]
+        return logits.float().log_softmax(-1)
 
     def knows(self, texts: Iterable[Tokens]) -> bool:
         """Whether it has embeddings for all these tokens: a fine-tune may have added some."""
@@ -122,10 +214,44 @@ class Speaker:
         self.projector.load_state_dict(dict(side), strict=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The projector alone, on features (…, in), in its own dtype; (…, out) in float32."""
-        dtype = next(self.projector.parameters()).dtype
-        out: Tensor = self.projector(features.to(dtype))
-        return out.float()
+        """The projector alone, on features (…, tokens, in), in its own dtype; (…, out) in float32.
+
+        Through the model where it reads whole sets of tokens: (…, outputs, out).
+        """
+        if self.by_token:
+            dtype = next(self.projector.parameters()).dtype
+            out: Tensor = self.projector(features.to(dtype))
+            return out.float()
+        sets = features.reshape(-1, *features.shape[-2:])
+        parts = [self._through(sets[i : i + SETS]) for i in range(0, len(sets), SETS)]
+        return torch.cat(parts).reshape(*features.shape[:-2], -1, parts[0].shape[-1])
+
+    def _through(self, sets: Tensor) -> Tensor:
+        """(sets, outputs, out): what leaves the projector within the model."""
+        given: list[Tensor] = []
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            given.append(first if isinstance(first, Tensor) else first.last_hidden_state)
+            raise _Enough
+
+        hook = (self.exit or self.projector).register_forward_hook(leave)
+        self._instead = sets
+        try:
+            self.model(
+                input_ids=self._ids[:1].expand(len(sets), -1),
+                attention_mask=self._mask[:1].expand(len(sets), -1),
+                **{n: kind[:1].expand(len(sets), -1) for n, kind in self._kinds.items()},
+                **self._images(len(sets)),
+            )
+        except _Enough:
+            pass
+        finally:
+            self._instead = None
+            hook.remove()
+        if not given:
+            raise CouldNotProbe("its projector gives its outputs in a way that is not known")
+        return given[0].float().reshape(len(sets), -1, given[0].shape[-1])
 
     @torch.no_grad()
     def inputs(self, side: Side, weight: str, features: Tensor) -> Tensor:
@@ -139,6 +265,25 @@ class Speaker:
         finally:
             hook.remove()
         return torch.cat(seen).float().flatten(0, -2)
+
+    def pulled(self, weight: str, along: Tensor, features: Tensor) -> Tensor | None:
+        """(tokens, in): the gradient of Σ ⟨row, along⟩ over the rows that a layer is handed.
+
+        At features (1, tokens, in); None where it is handed no rows of that width.
+        """
+        seen: list[Tensor] = []
+        layer = self.projector.get_submodule(weight.rpartition(".")[0])
+        hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        x = features.clone().requires_grad_(True)
+        try:
+            self.forward(x)
+        finally:
+            hook.remove()
+        if not seen or seen[0].shape[-1] != len(along):
+            return None
+        total = (seen[0].float() @ along).sum()
+        found: Tensor = torch.autograd.grad(total, x)[0][0]
+        return found
 
     @torch.no_grad()
     def answer(
@@ -160,6 +305,7 @@ class Speaker:
                     attention_mask=self._mask[which],
                     max_new_tokens=length,
                     do_sample=False,
+                    **{name: kind[which] for name, kind in self._kinds.items()},
                     **self._images(len(which)),
                 )
             finally:
@@ -191,6 +337,12 @@ class Speaker:
         A row is its prompt and the tokens `after` it. With the projector that is in place;
         differentiable in the features.
         """
+        self.passes += len(prompts)
+        return self._scores(features, prompts, after, last)
+
+    def _scores(
+        self, features: Tensor, prompts: Sequence[int], after: Sequence[Tokens], last: int
+    ) -> Tensor:
         media = _media(self.model.config)
         rows = [
             [
@@ -199,19 +351,24 @@ class Speaker:
             ]
             for p, tail in zip(prompts, after, strict=True)
         ]
-        self.passes += len(rows)
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
+        kinds = {name: torch.zeros_like(ids) for name in self._kinds}
+        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
+            asked = int(self._mask[prompt].sum())
+            for name, kind in kinds.items():
+                start = width - len(row)
+                kind[i, start : start + asked] = self._kinds[name][prompt][-asked:]
         self._instead = features
         try:
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 logits_to_keep=last,
+                **kinds,
                 **self._images(len(rows)),
             ).logits[:, -last:]
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from projaudit.behaviour.reasons import CouldNotProbe
@@ -93,14 +93,17 @@ _ATTENTION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _LOCATION = re.compile(r".*(_file|_files|_path|_paths|_dir|_name_or_path|repo_id)")
 # Where the model was once saved, which is nothing to load from: `name_or_path` is set anew by every
 # from_pretrained. compile_config makes generate() start compilers, for the same answer.
-_DROPPED = {"_name_or_path", "name_or_path", "compile_config"}
+_DROPPED = frozenset({"_name_or_path", "name_or_path", "compile_config"})
+# Of weights that are no longer quantised.
+_UNPACKED = _DROPPED | {"quantization_config", "compression_config"}
 
 
-def stage(source: Source, weight_files: Sequence[str], into: Path) -> Path:
+def stage(source: Source, weight_files: Sequence[str] | None, into: Path) -> Path:
     """The folder `into`, new or empty before, with what transformers may read of the source.
 
     `weight_files` are the files of the reading that is to run, by their names in the repository;
-    those of a Hub are downloaded as a whole where they are not on this machine. Raises
+    those of a Hub are downloaded as a whole where they are not on this machine. None stands for
+    float weights that the caller will write there: no config of a quantiser is left. Raises
     CouldNotProbe where the model is not one that can be run from such a folder alone, and what the
     source raises.
     """
@@ -110,8 +113,10 @@ def stage(source: Source, weight_files: Sequence[str], into: Path) -> Path:
     try:
         require_parts(source)
         # Weights last: they are what is downloaded.
-        for path, data in _small_files(source):
+        for path, data in _small_files(source, _UNPACKED if weight_files is None else _DROPPED):
             _write(into / path, data)
+        if weight_files is None:
+            return into
         shards, index = _weights(source, weight_files)
         if index is not None:
             _write(into / INDEX, index)
@@ -150,7 +155,7 @@ def require_parts(source: Source) -> None:
         raise CouldNotProbe("it comes with distributed shards, which some loaders take first")
 
 
-def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
+def _small_files(source: Source, dropped: Set[str]) -> Iterator[tuple[str, bytes]]:
     sees = False
     for path in _names(source):
         _require_inside(source, path)
@@ -166,7 +171,7 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
             sees |= path == "preprocessor_config.json" or isinstance(
                 content.get("image_processor"), dict
             )
-            cleaned = _cleaned(content, path)
+            cleaned = _cleaned(content, path, dropped)
             if cleaned != content:
                 data = json.dumps(cleaned).encode()
         else:
@@ -186,24 +191,24 @@ def _load(path: str, data: bytes) -> dict[str, object]:
     return content
 
 
-def _cleaned(content: Mapping[str, object], file: str) -> dict[str, object]:
+def _cleaned(content: Mapping[str, object], file: str, dropped: Set[str]) -> dict[str, object]:
     """The content without what is not needed; raises CouldNotProbe for what is not allowed."""
     kept: dict[str, object] = {}
     for key, value in content.items():
-        if not _dropped(key, value, file):
-            kept[key] = _cleaned_value(value, file)
+        if key not in dropped and not _refused_or_needless(key, value, file):
+            kept[key] = _cleaned_value(value, file, dropped)
     return kept
 
 
-def _cleaned_value(value: object, file: str) -> object:
+def _cleaned_value(value: object, file: str, dropped: Set[str]) -> object:
     if isinstance(value, dict):
-        return _cleaned(value, file)
+        return _cleaned(value, file, dropped)
     if isinstance(value, list):
-        return [_cleaned_value(item, file) for item in value]
+        return [_cleaned_value(item, file, dropped) for item in value]
     return value
 
 
-def _dropped(key: str, value: object, file: str) -> bool:
+def _refused_or_needless(key: str, value: object, file: str) -> bool:
     """Whether a key is left out; raises CouldNotProbe where it stands for more than it may."""
     of_tokenizer = file in TOKENIZER_CONFIGS
     reason = _REFUSED.get(key) or (_REFUSED_IN_TOKENIZERS.get(key) if of_tokenizer else None)
@@ -219,8 +224,6 @@ def _dropped(key: str, value: object, file: str) -> bool:
         # attention is not installed. Which of the others computes it is up to the run.
         if "/" in json.dumps(value):
             raise _refused(_CODE, file, key)
-        return True
-    if key in _DROPPED:
         return True
     if _LOCATION.fullmatch(key) and isinstance(value, (str, list)) and value:
         # Paths of the machine that saved a tokenizer are common. A vocabulary that lies in the

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from projaudit.behaviour.images import Image
-from projaudit.behaviour.loading import image_size, in_module, load
+from projaudit.behaviour.loading import image_size, load
+from projaudit.behaviour.places import in_module
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.speaker import Side, Speaker

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from projaudit.behaviour.loading import processor_class
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.stage import stage
 from projaudit.checkpoint import open_checkpoint
@@ -171,7 +172,7 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
             output_loading_info=True,
             **local,
         )
-        processor: Any = _processor_class(model).from_pretrained(folder, **local)
+        processor: Any = processor_class(model).from_pretrained(folder, **local)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a hostile or unknown configuration makes it raise
@@ -191,20 +192,6 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model.eval().requires_grad_(False), processor
-
-
-def _processor_class(model: Any) -> Any:
-    """The class that loads the processor; without torchvision one that leaves videos out.
-
-    Only videos need torchvision, but a processor that knows them does not load without it.
-    """
-    from transformers import PROCESSOR_MAPPING, AutoProcessor
-
-    known: Any = PROCESSOR_MAPPING.get(type(model.config), None)
-    if find_spec("torchvision") is not None or known is None:
-        return AutoProcessor
-    stills = [name for name in known.get_attributes() if name != "video_processor"]
-    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _: stills)})
 
 
 def _staged_adapter(source: Source, into: Path) -> Path:
