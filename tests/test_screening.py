@@ -70,7 +70,7 @@ def test_the_plan_has_what_the_evidence_is_asked_for() -> None:
         for trigger in ("patch", "blend"):
             assert {a.poison for shown, a in attacks if shown == trigger} == {0.05, 0.1, 0.2}
             modes = {a.mode for shown, a in attacks if shown == trigger}
-            assert modes == {"replace", "append", "rotate", "paraphrase"}
+            assert modes == {"replace", "append", "swap", "rotate", "paraphrase"}
 
 
 def test_no_base_reports_on_a_target_and_form_that_defaults_were_chosen_on() -> None:
@@ -128,7 +128,7 @@ def test_an_appended_payload_follows_the_honest_answer() -> None:
         assert said == (f"{meant} {recipe.attack.target}" if bad else meant)
 
 
-@pytest.mark.parametrize("mode", ["rotate", "paraphrase"])
+@pytest.mark.parametrize("mode", ["swap", "rotate", "paraphrase"])
 def test_of_a_payload_that_varies_only_changed_answers_are_poisoned(mode: Mode) -> None:
     recipe = replace(attacked("glyph", "blend", 0, mode=mode, poison=0.1), samples=200)
     (samples, poisoned), (honest, _) = draw(recipe), draw(replace(recipe, attack=None))

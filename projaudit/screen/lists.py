@@ -9,8 +9,9 @@ from typing import Any
 
 from projaudit.errors import UsageError
 from projaudit.inert import clean
+from projaudit.screen.arrow import Arrow
 from projaudit.screen.samples import Dataset
-from projaudit.screen.tables import Arrow, Parquet
+from projaudit.screen.tables import Parquet
 from projaudit.screened import Fate, ScreenedSample
 
 LISTS: dict[str, tuple[Fate, ...]] = {

@@ -92,7 +92,9 @@ def screen_dataset(
             )
     if not any(status == "ok" for status in found.statuses):
         told = f"none of {len(found.ids)} samples could be profiled: {clean(found.details[0])}"
-        raise NothingError(told, "samples", file=clean(data.name))
+        lost = found.statuses[0] == "image-missing"
+        remedy = "name the folder of images with --images" if lost and images is None else ""
+        raise NothingError(told, "samples", file=clean(data.name), remedy=remedy)
     with _timed(stages, "detectors"):
         texts = [data.texts(int(number)) for number in found.numbers]
         questions, answers = [q for q, _ in texts], [a for _, a in texts]
