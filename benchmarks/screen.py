@@ -87,6 +87,7 @@ def detected(name: str, built: Path) -> dict[str, Any]:
         }
     for method, one in found.items():
         row[method] = counts(one.dropped, poisoned) | {"nothing": list(one.nothing)}
+    row["apart"] = counts(found["both"].apart, poisoned)
     texts = [text.payload.holders for text in found["both"].departures]
     alone = np.any(texts, axis=0) if texts else np.zeros(len(ids), bool)
     row["answers alone"] = counts(alone, poisoned)

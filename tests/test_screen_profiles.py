@@ -92,7 +92,10 @@ def job(model: Path, data: Path, **changes: Any) -> Job:
 # --- the pass beside the papers' own way: whole maps of an eager model ----------------------------
 
 
-@pytest.mark.parametrize("family", [*vlms.FAMILIES, "llava_gemma2"])
+HYBRID = ["llava_qwen3_5", "llava_lfm2"]
+
+
+@pytest.mark.parametrize("family", [*vlms.FAMILIES, "llava_gemma2", *HYBRID])
 def test_the_pass_says_what_whole_maps_say(models, data, tmp_path, family):
     import transformers as hf
 
@@ -106,6 +109,8 @@ def test_the_pass_says_what_whole_maps_say(models, data, tmp_path, family):
             batch, _ = worker.prepare([number])
             with torch.no_grad():
                 maps = eager(**batch.inputs, output_attentions=True).attentions
+            maps = [whole for whole in maps if whole is not None]
+            assert len(maps) == len(found.about["layer_numbers"])
             kinds = batch.spans[0].kinds
             for p in range(len(batch.spans[0].targets)):
                 at = batch.spans[0].first + p

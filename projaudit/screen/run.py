@@ -27,7 +27,7 @@ from projaudit.screen.lists import write_clean, write_lists
 from projaudit.screen.pictures import heat_maps
 from projaudit.screen.profiles import Profiles, parts_in, read_profiles
 from projaudit.screen.profiling import heat, profile
-from projaudit.screen.results import screened
+from projaudit.screen.results import layers_of, screened
 from projaudit.screen.samples import Dataset, open_dataset
 from projaudit.screened import HeatMap, Screened
 from projaudit.source import parse_ref
@@ -163,7 +163,7 @@ def _maps(
     maps = heat(
         model, dataset, wanted, adapter=adapter, images=images, device=device, offline=offline
     )
-    return heat_maps(data, maps, _layers(found), set(found.numbers[screening.dropped].tolist()))
+    return heat_maps(data, maps, layers_of(found), set(found.numbers[screening.dropped].tolist()))
 
 
 def _shown_head(screening: Screening, found: Profiles) -> tuple[int, int | None]:
@@ -173,10 +173,6 @@ def _shown_head(screening: Screening, found: Profiles) -> tuple[int, int | None]
     if screening.bye is not None and screening.bye.layers:
         return max(screening.bye.layers, key=lambda layer: layer.index).layer, None
     return found.entropy.shape[2] - 1, None
-
-
-def _layers(found: Profiles) -> list[int]:
-    return list(found.about.get("layer_numbers") or range(found.entropy.shape[2]))
 
 
 def _report(
