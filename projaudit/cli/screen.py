@@ -89,7 +89,10 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **options: Any) -> N
     output, quiet, formats = (options.pop(k) for k in ("output", "quiet", "formats"))
     kept, clean_set = options.pop("profiles"), options.pop("write_clean")
     options["rule"] = options.pop("layer_rule")
-    options["devices"] = options["devices"].split(",") if options["devices"] else None
+    if options["devices"] is not None:
+        options["devices"] = [name.strip() for name in options["devices"].split(",")]
+        if "" in options["devices"]:
+            raise UsageError("names a device that is empty", "device", field="--devices")
     paths = paths_for(output, formats, f"{Path(dataset).stem}-screening")
     lists = _folder(output, paths)
     if clean_set is not None:

@@ -26,7 +26,7 @@ FATES: Mapping[Fate, str] = {
     "keep": "to keep",
     "unread": "not looked at",
 }
-METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP and the answers"}
+METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP, all heads together and the answers"}
 BLIND = (
     "payloads without a fixed text, or of one or two words, unless attention sets them apart",
     "sets of which more than half is poisoned",
@@ -74,6 +74,17 @@ def unread(screened: Screened) -> str:
     return ", ".join(whys)
 
 
+def left_out(screened: Screened) -> str:
+    """Which layers have no attention to be read; empty where all have."""
+    if not screened.layers_left_out:
+        return ""
+    every = screened.layers + screened.layers_left_out
+    return (
+        f"{screened.layers_left_out} of {plural(every, 'layer')} left out: no attention over the "
+        "sequence"
+    )
+
+
 def told(text: SharedText) -> str:
     """What is known of a shared text."""
     where = "instead of the answer" if text.replaces else "behind the answer"
@@ -100,6 +111,8 @@ def lines(screened: Screened) -> Iterator[tuple[str, str]]:
     yield "samples", counts(screened)
     if unread(screened):
         yield "", unread(screened)
+    if left_out(screened):
+        yield "layers", left_out(screened)
     for n, text in enumerate(screened.texts[:3]):
         yield "" if n else "text", f"“{clean(text.text, 120)}” {told(text)}"
     for n, group in enumerate(screened.groups[:3]):
@@ -240,12 +253,8 @@ def looked(screened: Screened) -> Iterator[str]:
 def not_looked(screened: Screened) -> Iterator[str]:
     """What it does not rest on."""
     yield "The model itself: neither its projector nor what it says was audited"
-    if screened.layers_left_out:
-        every = screened.layers + screened.layers_left_out
-        yield (
-            f"{screened.layers_left_out} of {plural(every, 'layer')}: they have no attention over "
-            "the sequence"
-        )
+    if left_out(screened):
+        yield left_out(screened)
     if unread(screened):
         yield f"{plural(screened.fates.get('unread', 0), 'sample')}: {unread(screened)}"
     yield from (blind[:1].upper() + blind[1:] for blind in BLIND)

@@ -69,7 +69,7 @@ class Screening:
     dropped: Bools
     """(samples,)."""
     apart: Bools
-    """(samples,) that BYE, TCAP or all heads together set apart under `both`, and that nothing
+    """(samples,) that under `both` BYE and TCAP, or all heads together, set apart, and that nothing
     explains: kept, and for a reader to judge."""
     nothing: tuple[str, ...]
     """Why a method found nothing."""
@@ -118,25 +118,28 @@ def screen(
     if method in ("tcap", "both"):
         o = options or Options()
         high = tcap(shares, options=replace(o, alpha=min(alpha, o.alpha)), seed=seed)
+    nobody = np.zeros(len(looked_at), bool)
     said = list(answers) if answers is not None else [" ".join(a) for a in profiles.answers]
-    ran = {"BYE": low, "TCAP": high}
-    nothing, set_apart = [], np.zeros(len(looked_at), bool)
+    ran = {name: one for name, one in (("BYE", low), ("TCAP", high)) if one is not None}
+    nothing: list[str] = []
+    apart: dict[str, Bools] = {}
     for name, found in ran.items():
-        if found is None:
-            continue
         told = found.nothing or _told_by_questions(found.dropped, looked_at, questions, seed)
         if method == "both" and not told:
             told = _told_by_answers(found.dropped, looked_at, said, seed)
         if told:
             nothing.append(f"{name}: {told}")
         else:
-            set_apart |= found.dropped
+            apart[name] = found.dropped
+    set_apart = np.logical_and.reduce(list(apart.values())) if len(apart) == len(ran) else nobody
+    if len(apart) < len(ran):
+        nothing += [f"{name} alone sets {int(m.sum())} samples apart" for name, m in apart.items()]
     departures: tuple[Departure, ...] = ()
     judged: tuple[Judged, ...] = ()
     dropped = set_apart
     if method == "both":
         departures = _departures(profiles, looked_at, questions, said, words, seed)
-        dropped = np.zeros(len(looked_at), bool)
+        dropped = nobody.copy()
         for text in departures:
             if is_confirmed(text):
                 dropped |= text.payload.holders & looked_at
@@ -145,7 +148,7 @@ def screen(
         for one in judged:
             if one.fate != "keep":
                 dropped |= one.payloads
-                set_apart |= one.group.members
+                set_apart = set_apart | one.group.members
         if dropped.sum() > MOST_SHARE * looked_at.sum():
             nothing.append(
                 f"{int(dropped.sum())} samples have payloads in their answers, which is no "
