@@ -127,6 +127,8 @@ def test_a_finished_profile_needs_no_model_and_says_the_same(screened: Path, mon
         del one["run"]
     assert first == second
     assert run(MODEL, data, *common, "--method", "bye", "-q") in (0, 1)
+    assert run(MODEL, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
+    assert run(MODEL, data, *common, "--published", "-q") == 4  # `both` is ours
     other = make(screened / "other", 60, 0)
     assert run(MODEL, other, *common, "-q") == 4  # profiles of another set
 

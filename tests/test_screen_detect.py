@@ -271,6 +271,18 @@ def test_kinds_that_attention_sets_apart_are_no_trigger():
         assert f1(blind.dropped, kind) > 0.95
 
 
+def test_the_papers_own_way_cuts_kinds_too_and_is_never_both():
+    of = made(600, share=0)
+    kind = np.array([question.startswith("how") for question in of.questions])
+    entropy = of.profiles.entropy.copy()
+    entropy[kind, 0] -= 0.5
+    of = replace(of, profiles=replace(of.profiles, entropy=entropy))
+    assert not run(of, "bye").dropped.any()
+    assert f1(run(of, "bye", published=True).dropped, kind) > 0.95
+    with pytest.raises(UsageError, match="no published method"):
+        run(of, "both", published=True)
+
+
 def test_samples_set_apart_without_a_text_are_kept_and_told():
     of = made(kinds=1, strength=8)
     rng = np.random.default_rng(0)

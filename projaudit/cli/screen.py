@@ -23,7 +23,7 @@ from projaudit.inert import clean
     type=click.Choice(["bye", "tcap", "both"]),
     default="both",
     show_default=True,
-    help="bye, tcap: as their papers have it. both: these, and what the answers end with.",
+    help="bye, tcap: of their papers. both: these, all heads together, and the answers.",
 )
 @option("--adapter", metavar="REF", help="LoRA adapter of peft that belongs on MODEL.")
 @option("--images", metavar="DIR", help="What image paths are relative to.  [default: the file's]")
@@ -56,6 +56,7 @@ from projaudit.inert import clean
     show_default=True,
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
+@option("--published", is_flag=True, help="bye, tcap: the papers' own way, which always cuts.")
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
 @format_option
 @option(
@@ -89,6 +90,8 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **options: Any) -> N
     output, quiet, formats = (options.pop(k) for k in ("output", "quiet", "formats"))
     kept, clean_set = options.pop("profiles"), options.pop("write_clean")
     options["rule"] = options.pop("layer_rule")
+    if options["published"] and options["method"] == "both":
+        raise UsageError("needs --method bye or tcap", "option", field="--published")
     if options["devices"] is not None:
         options["devices"] = [name.strip() for name in options["devices"].split(",")]
         if "" in options["devices"]:

@@ -268,6 +268,8 @@ def command(report: Report) -> list[str]:
         value = report.settings.get(name)
         if value is not None and (name, value) not in _DEFAULTS:
             options += [f"--{'layer-rule' if name == 'rule' else name}", str(value)]
+    if report.settings.get("published"):
+        options.append("--published")
     if report.policy.fail_on != "fail":
         options += ["--fail-on", report.policy.fail_on]
     target = report.target

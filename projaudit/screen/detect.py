@@ -95,6 +95,7 @@ def screen(
     threshold: float = 2.0,
     alpha: float = 0.01,
     options: Options | None = None,
+    published: bool = False,
     words: int = WORDS,
     seed: int = 0,
 ) -> Screening:
@@ -102,9 +103,14 @@ def screen(
 
     `questions` and `answers` are the dataset's own texts, one per profile; without the questions
     `both` cannot tell a payload from the answer of a kind of question, and drops nothing for a
-    text; without the answers it takes the profiles' tokens, which may be cut. Raises UsageError
-    (`usage.screen`) where their numbers differ.
+    text; without the answers it takes the profiles' tokens, which may be cut. With
+    `published`, BYE and TCAP are their papers' own: no valley is asked for (`alpha` 1), and a kind
+    of question is removed as anything else. Raises UsageError (`usage.screen`) where numbers of
+    texts and profiles differ, or `published` is asked of `both`, which is ours.
     """
+    if published and method == "both":
+        raise UsageError("both is no published method", "screen", field="published")
+    alpha = 1.0 if published else alpha
     for name, texts in (("questions", questions), ("answers", answers)):
         if texts is not None and len(texts) != len(profiles.ids):
             told = f"{len(texts)} for {len(profiles.ids)} profiles"
@@ -117,14 +123,16 @@ def screen(
         low = bye(entropy, rule=rule, threshold=threshold, alpha=alpha, seed=seed)
     if method in ("tcap", "both"):
         o = options or Options()
-        high = tcap(shares, options=replace(o, alpha=min(alpha, o.alpha)), seed=seed)
+        high = tcap(shares, options=replace(o, alpha=alpha), seed=seed)
     nobody = np.zeros(len(looked_at), bool)
     said = list(answers) if answers is not None else [" ".join(a) for a in profiles.answers]
     ran = {name: one for name, one in (("BYE", low), ("TCAP", high)) if one is not None}
     nothing: list[str] = []
     apart: dict[str, Bools] = {}
     for name, found in ran.items():
-        told = found.nothing or _told_by_questions(found.dropped, looked_at, questions, seed)
+        told = found.nothing
+        if not published:
+            told = told or _told_by_questions(found.dropped, looked_at, questions, seed)
         if method == "both" and not told:
             told = _told_by_answers(found.dropped, looked_at, said, seed)
         if told:

@@ -43,6 +43,7 @@ def screen_dataset(
     *,
     method: Method = "both",
     rule: LayerRule = "paper",
+    published: bool = False,
     adapter: str | None = None,
     images: str | None = None,
     positions: int = 16,
@@ -99,7 +100,13 @@ def screen_dataset(
         texts = [data.texts(int(number)) for number in found.numbers]
         questions, answers = [q for q, _ in texts], [a for _, a in texts]
         screening = screen(
-            found, method, questions=questions, answers=answers, rule=rule, seed=seed
+            found,
+            method,
+            questions=questions,
+            answers=answers,
+            rule=rule,
+            published=published,
+            seed=seed,
         )
         summary, samples = screened(found, screening, data.name, questions, answers)
     if pictures and not reused:
@@ -117,6 +124,7 @@ def screen_dataset(
     settings = {
         "method": method,
         "rule": rule,
+        "published": published or None,
         "seed": seed,
         "positions": int(found.about["positions"]),
         "batch": int(found.about["batch"]),
