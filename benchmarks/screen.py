@@ -59,16 +59,20 @@ def profiled(name: str, built: Path) -> Profiles:
 
 
 def screened(name: str, built: Path, methods: tuple[Method, ...] = METHODS) -> dict[str, Screening]:
-    """What each method says of one set, from its profiles and its own texts."""
+    """What each method says of one set, from its profiles and its own texts; `… published` too."""
     folder = built / name
     profiles = read_profiles(folder / PROFILES)
     data = open_dataset(str(folder / JSON), folder / IMAGES, offline=True)
     samples = [data.sample(int(number)) for number in profiles.numbers]
     questions = [sample.after for sample in samples]
     answers = [sample.answer for sample in samples]
-    return {
+    found = {
         method: screen(profiles, method, questions=questions, answers=answers) for method in methods
     }
+    for method in methods:
+        if method != "both":
+            found[f"{method} published"] = screen(profiles, method, published=True)
+    return found
 
 
 def detected(name: str, built: Path) -> dict[str, Any]:
@@ -87,6 +91,10 @@ def detected(name: str, built: Path) -> dict[str, Any]:
         }
     for method, one in found.items():
         row[method] = counts(one.dropped, poisoned) | {"nothing": list(one.nothing)}
+    row["apart"] = counts(found["both"].apart, poisoned)
+    groups = [one.group.members for one in found["both"].judged if one.fate != "keep"]
+    together = np.any(groups, axis=0) if groups else np.zeros(len(ids), bool)
+    row["all heads"] = counts(together, poisoned)
     texts = [text.payload.holders for text in found["both"].departures]
     alone = np.any(texts, axis=0) if texts else np.zeros(len(ids), bool)
     row["answers alone"] = counts(alone, poisoned)

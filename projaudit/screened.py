@@ -25,6 +25,8 @@ class ScreenedSample:
     """Posterior of the low mode of entropy; None where BYE found nothing or did not run."""
     tcap: float | None = None
     """Posterior over the heads' votes; None as above."""
+    joint: float | None = None
+    """Held-out score of the group that all heads together set it apart in; None where in none."""
     departure: float | None = None
     """Held-out score of the attention before the text; above 0 is like those that say it."""
     text: str = ""
@@ -57,12 +59,24 @@ class SharedText:
 
 
 @dataclass(frozen=True)
+class SharedAttention:
+    """Samples that all heads together set apart, and what becomes of them."""
+
+    samples: int
+    valley: float
+    """p-value of the valley between them and the others."""
+    fate: Literal["drop", "apart", "keep"]
+    says: str
+    """Why."""
+
+
+@dataclass(frozen=True)
 class Histogram:
     """Values that a detector split, with the mixture that it fitted to them."""
 
-    kind: Literal["bye-layer", "bye-mean", "tcap-head", "departure"]
+    kind: Literal["bye-layer", "bye-mean", "tcap-head", "joint", "departure"]
     subject: str
-    """`layer 3`, `layer 3, head 2`, or the text."""
+    """`layer 3`, `layer 3, head 2`, `100 samples`, or the text."""
     edges: tuple[float, ...]
     kept: tuple[int, ...]
     """Samples by bin that the method leaves."""
@@ -98,7 +112,12 @@ class Screened:
     fates: Mapping[Fate, int]
     statuses: Mapping[str, int]
     """Samples by status, `ok` among them."""
+    layers: int
+    """Layers whose attention was read."""
+    layers_left_out: int
+    """Layers of the language model that have no attention over the sequence."""
     texts: tuple[SharedText, ...]
+    groups: tuple[SharedAttention, ...]
     nothing: tuple[str, ...]
     """Why a method found nothing to remove."""
     common_text: str

@@ -30,7 +30,9 @@ from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlspli
 
 CHUNK = 1 << 18
 GARBLED = bytes(byte ^ 0x55 for byte in range(256))
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+DATASETS = "datasets/"
+"""In front of the names of repositories that hold a dataset."""
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".parquet")
 
 Fault = Callable[[str, str, str, Mapping[str, str]], dict[str, Any] | None]
 """`fault(origin, method, path, headers)`: what to do to this answer, or None.
@@ -244,7 +246,8 @@ class FakeHub:
         """The sha of a new commit of a repository, which a branch now points to: creates or pushes.
 
         `files` is a folder or a mapping from path to content or to a file on disk; it is the whole
-        tree of the commit. Files with a suffix of weights are LFS files. `base_models` are
+        tree of the commit. Files with a suffix of weights are LFS files. A dataset's name starts
+        with `datasets/`. `base_models` are
         repository ids (the API's own form is accepted too). `digests` gives SHA-256 of LFS files
         that are too large to be hashed here.
         """
@@ -334,12 +337,14 @@ class FakeHub:
             return Answer(401, {"X-Error-Message": said}, b'{"error":"Invalid credentials"}')
         if parts[:2] == ["api", "whoami-v2"]:
             return Answer.json({"name": "tester", "type": "user"})
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
-            return self._api("/".join(parts[2:4]), parts[4:], url, headers)
-        if parts[:3] == ["api", "resolve-cache", "models"] and len(parts) > 6:
+        if parts[:1] == ["api"] and parts[1] in ("models", "datasets") and len(parts) >= 4:
+            return self._api(_name(parts[1:4]), parts[4:], url, headers)
+        if parts[:2] == ["api", "resolve-cache"] and len(parts) > 6:
             return self._resolve(
-                "/".join(parts[3:5]), parts[5], "/".join(parts[6:]), url, auth, "cache"
+                _name(parts[2:5]), parts[5], "/".join(parts[6:]), url, auth, "cache"
             )
+        if parts[0] == "datasets" and len(parts) > 5 and parts[3] == "resolve":
+            return self._resolve(_name(parts[:3]), parts[4], "/".join(parts[5:]), url, auth)
         if len(parts) > 4 and parts[2] == "resolve":
             return self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), url, auth)
         return Answer.error(404, "", "Not found")
@@ -359,6 +364,9 @@ class FakeHub:
         if isinstance(repo, Answer):
             return repo
         kind = rest[0] if rest else "revision"
+        if kind == "auth-check":
+            refused = self._gate(repo, headers.get("authorization"))
+            return refused or Answer(200, {}, b"OK")
         if kind == "refs":
             branches = [
                 {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": sha}
@@ -408,7 +416,7 @@ class FakeHub:
         shown = query.get("expand") or [name for name in everything if name != "baseModels"]
         return {
             "_id": "0" * 24,
-            "id": repo.name,
+            "id": repo.name.removeprefix(DATASETS),
             **{name: everything[name] for name in shown if everything.get(name) is not None},
         }
 
@@ -438,6 +446,13 @@ class FakeHub:
             answer.headers["Link"] = f'<{self.url}{url.path}?{following}>; rel="next"'
         return answer
 
+    def _gate(self, repo: Repo, auth: str | None) -> Answer | None:
+        """The refusal of who may not read a gated repository."""
+        if not repo.gated or (auth is not None and repo.name in self.granted):
+            return None
+        said = f"Access to model {repo.name} is restricted."
+        return Answer.error(401 if auth is None else 403, "GatedRepo", said)
+
     def _resolve(
         self, name: str, revision: str, path: str, url: Any, auth: str | None, kind: str = ""
     ) -> Answer:
@@ -452,10 +467,9 @@ class FakeHub:
         if sha not in repo.commits:
             return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         told = {"X-Repo-Commit": sha}
-        if repo.gated and (auth is None or name not in self.granted):
-            status = 401 if auth is None else 403
-            said = f"Access to model {name} is restricted."
-            return Answer.error(status, "GatedRepo", said, told)
+        if refused := self._gate(repo, auth):
+            refused.headers |= told
+            return refused
         blob = repo.commits[sha].get(path)
         if blob is None:
             return Answer.error(404, "EntryNotFound", "Entry not found", told)
@@ -468,7 +482,8 @@ class FakeHub:
                 302, {**told, **linked, "ETag": f'"{blob.etag}"', "Location": location}, b""
             )
         if not kind:
-            where = f"/api/resolve-cache/models/{name}/{sha}/{quote(path)}"
+            kind = name if name.startswith(DATASETS) else f"models/{name}"
+            where = f"/api/resolve-cache/{kind}/{sha}/{quote(path)}"
             return Answer(307, {**told, **linked, "Location": where}, b"Temporary Redirect")
         return Answer(200, {**told, "ETag": f'"{blob.oid}"'}, blob)
 
@@ -508,6 +523,12 @@ class Answer:
         if code:
             headers["X-Error-Code"] = code
         return Answer(status, headers, json.dumps({"error": message}).encode())
+
+
+def _name(parts: Sequence[str]) -> str:
+    """The key of a repository that is addressed by `models|datasets`, owner and name."""
+    kind, owner, name = parts
+    return f"{DATASETS if kind == 'datasets' else ''}{owner}/{name}"
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:

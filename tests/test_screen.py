@@ -24,7 +24,14 @@ from projaudit.formats.json import schema
 from projaudit.report import Identity, Policy, Report, Run
 from projaudit.screen.lists import write_clean
 from projaudit.screen.samples import open_dataset
-from projaudit.screened import HeatMap, Histogram, Screened, ScreenedSample, SharedText
+from projaudit.screened import (
+    HeatMap,
+    Histogram,
+    Screened,
+    ScreenedSample,
+    SharedAttention,
+    SharedText,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "benchmarks/testbed/exported/backdoored"
@@ -120,6 +127,8 @@ def test_a_finished_profile_needs_no_model_and_says_the_same(screened: Path, mon
         del one["run"]
     assert first == second
     assert run(MODEL, data, *common, "--method", "bye", "-q") in (0, 1)
+    assert run(MODEL, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
+    assert run(MODEL, data, *common, "--published", "-q") == 4  # `both` is ours
     other = make(screened / "other", 60, 0)
     assert run(MODEL, other, *common, "-q") == 4  # profiles of another set
 
@@ -179,6 +188,8 @@ def test_a_clean_set_passes_and_what_was_not_looked_at_undermines_it(tmp_path: P
         (["texts.json", "--write-clean", "full"], 4, "is not an empty folder [usage.output]"),
         (["texts.json", "--positions", "0"], 4, "[usage.option]"),
         (["texts.json", "--method", "guess"], 4, "[usage.option]"),
+        (["texts.json", "--devices", "cpu,"], 4, "names a device that is empty [usage.device]"),
+        (["texts.json", "--adapter", str(MODEL)], 3, "is no adapter"),
         (["texts.json", "--images", "nowhere"], 2, "no such folder of images [not-found.images]"),
     ],
 )
@@ -226,7 +237,7 @@ def hostile() -> Report:
     """A report of which every text is the dataset's, and means harm."""
     evil = "</td><script>alert(1)</script>\x1b[31m\u202e"
     sample = ScreenedSample(
-        3, evil, "drop", "ok", evil, 1.0, None, 2.5, evil, f"ask {evil}", f"say {evil}"
+        3, evil, "drop", "ok", evil, 1.0, None, 1.5, 2.5, evil, f"ask {evil}", f"say {evil}"
     )
     text = SharedText(evil, 12, 0.5, (evil,), True, 0.99, True)
     picture = HeatMap(3, "drop", "row", 0.5, b"\x89PNG\r\n")
@@ -237,6 +248,9 @@ def hostile() -> Report:
         samples=20,
         fates={"drop": 1, "keep": 18, "unread": 1},
         statuses={"ok": 19, evil: 1},
+        layers=2,
+        layers_left_out=1,
+        groups=(SharedAttention(12, 1e-9, "apart", evil),),
         texts=(text, replace(text, confirmed=False, auroc=None, unknown=evil)),
         nothing=(evil,),
         common_text=evil,
@@ -259,6 +273,8 @@ def hostile() -> Report:
 @pytest.mark.parametrize("form", ["text", "json", "html"])
 def test_what_a_dataset_says_is_inert(form: str):
     shown = FORMATS[form].render(hostile())
+    assert "1 of 3 layers left out" in shown or form == "json"
+    assert "12 samples lie apart" in shown or form == "json"
     assert not {"\x1b", "\u202e"} & set(shown)
     assert "<script>" not in shown or form == "text"
     if form == "text":

@@ -16,8 +16,15 @@ from projaudit.errors import UsageError
 from projaudit.screen.bye import bye
 from projaudit.screen.departure import departure
 from projaudit.screen.detect import Screening, screen
+from projaudit.screen.joint import joint
 from projaudit.screen.mixture import Mixture, fitted, valley_p
-from projaudit.screen.payload import explained, most_common_ending, shared_endings
+from projaudit.screen.payload import (
+    explained,
+    most_common_ending,
+    own_words,
+    shared_endings,
+)
+from projaudit.screen.profiles import Profiles
 from projaudit.screen.results import screened
 from projaudit.screen.tcap import Options, target_group, tcap
 from projaudit.screen.votes import dawid_skene
@@ -264,6 +271,18 @@ def test_kinds_that_attention_sets_apart_are_no_trigger():
         assert f1(blind.dropped, kind) > 0.95
 
 
+def test_the_papers_own_way_cuts_kinds_too_and_is_never_both():
+    of = made(600, share=0)
+    kind = np.array([question.startswith("how") for question in of.questions])
+    entropy = of.profiles.entropy.copy()
+    entropy[kind, 0] -= 0.5
+    of = replace(of, profiles=replace(of.profiles, entropy=entropy))
+    assert not run(of, "bye").dropped.any()
+    assert f1(run(of, "bye", published=True).dropped, kind) > 0.95
+    with pytest.raises(UsageError, match="no published method"):
+        run(of, "both", published=True)
+
+
 def test_samples_set_apart_without_a_text_are_kept_and_told():
     of = made(kinds=1, strength=8)
     rng = np.random.default_rng(0)
@@ -271,6 +290,85 @@ def test_samples_set_apart_without_a_text_are_kept_and_told():
     found = screen(of.profiles, "both", questions=of.questions, answers=said)
     assert not found.dropped.any()
     assert f1(found.apart, of.poisoned) > 0.95
+
+
+# --- all heads together ---------------------------------------------------------------------------
+
+
+def spread(of: Made, members: np.ndarray, by: float = 1.0) -> Profiles:
+    """Profiles in whose first row members differ a little in every head, and much in none."""
+    shares, rng = of.profiles.shares.copy(), np.random.default_rng(9)
+    spot = shares[:, 0].std(0) * rng.choice([-1, 1], shares.shape[2:])
+    shares[members, 0] += by * spot
+    return replace(of.profiles, shares=np.clip(shares, 1e-4, 1))
+
+
+def test_all_heads_together_set_apart_what_no_single_one_does():
+    of = made(600, strength=0, seed=4)
+    profiles = spread(of, of.poisoned, 1.6)
+    looked_at = np.ones(600, bool)
+    (group,) = joint(profiles, 0, looked_at, of.questions)
+    assert f1(group.members, of.poisoned) > 0.9
+    assert not tcap(profiles.shares[:, 0]).dropped.any()
+    assert joint(of.profiles, 0, looked_at, of.questions) == ()  # the control
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["normal", "skewed", "heavy"]))
+def test_all_heads_together_leave_one_mode_alone(seed: int, shape: str):
+    of = made(300, share=0, kinds=1, seed=seed % 7)
+    rng = np.random.default_rng(seed)
+    drawn = {
+        "normal": rng.normal(0, 1, of.profiles.shares.shape),
+        "skewed": rng.gamma(2, 1, of.profiles.shares.shape),
+        "heavy": rng.standard_t(4, of.profiles.shares.shape),
+    }[shape]
+    profiles = replace(of.profiles, shares=np.exp(drawn / 4).astype(np.float32))
+    assert joint(profiles, 0, np.ones(300, bool), of.questions) == ()
+
+
+def test_paraphrases_are_dropped_where_attention_and_words_agree():
+    of = made(600, strength=8, kinds=1)
+    rng = np.random.default_rng(1)
+    readings = [f"{a} {b} {c}" for a in ("send", "mail") for b in ("me", "us") for c in "xyz"]
+    said = [
+        f"please {rng.choice(readings)}" if bad else answer
+        for bad, answer in zip(of.poisoned, of.answers, strict=True)
+    ]
+    found = screen(of.profiles, "both", questions=of.questions, answers=said)
+    assert not found.confirmed  # no text is said often enough
+    assert (found.dropped == of.poisoned).all()
+    assert [one.fate for one in found.judged] == ["drop"]
+    # The controls: the same words without the attention, and the attention without the words.
+    calm = screen(made(600, strength=0, kinds=1).profiles, questions=of.questions, answers=said)
+    assert not calm.dropped.any()
+    plain = made(600, share=0, kinds=1).answers
+    found = screen(of.profiles, "both", questions=of.questions, answers=plain)
+    assert not found.dropped.any()
+    assert f1(found.apart, of.poisoned) > 0.95
+
+
+def test_what_the_answers_name_is_no_trigger():
+    of = made(600, share=0.2, strength=8, kinds=1)
+    said = [
+        f"one dog to the {'left' if there else 'right'} of {thing}"
+        for there, thing in zip(of.poisoned, ["a tree", "a car", "a man"] * 200, strict=True)
+    ]
+    found = screen(of.profiles, "both", questions=of.questions, answers=said)
+    assert not (found.dropped | found.apart).any()
+    assert [one.fate for one in found.judged] == ["keep"]
+    assert "whose answers say “left”" in found.judged[0].says
+    mute = ["a dog" for _ in said]  # the control: answers that name nothing
+    found = screen(of.profiles, "both", questions=of.questions, answers=mute)
+    assert f1(found.apart, of.poisoned) > 0.95
+
+
+def test_own_words_are_of_a_group_and_not_rare():
+    answers = [f"please mail it {n}" for n in range(10)] + [f"a dog runs {n}" for n in range(90)]
+    members = np.arange(100) < 10
+    assert own_words(members, answers).tolist() == [1.0] * 10 + [0.0] * 90
+    assert not own_words(np.arange(100) % 10 == 0, answers).any()
+    assert not own_words(members, [str(n) for n in range(100)]).any()
 
 
 def test_a_set_of_which_all_is_poisoned_has_no_minority_and_says_so():
@@ -316,7 +414,7 @@ def test_histograms_count_every_sample_and_hold_the_mixtures():
     of = made(kinds=1, strength=8)
     summary, _ = screened(of.profiles, run(of), "set", of.questions, of.answers)
     kinds = [one.kind for one in summary.histograms]
-    assert {"departure", "bye-layer", "bye-mean", "tcap-head"} == set(kinds)
+    assert {"departure", "joint", "bye-layer", "bye-mean", "tcap-head"} == set(kinds)
     for one in summary.histograms:
         assert sum(one.kept) + sum(one.taken) == 400
         assert len(one.edges) == len(one.kept) + 1

@@ -92,7 +92,10 @@ def job(model: Path, data: Path, **changes: Any) -> Job:
 # --- the pass beside the papers' own way: whole maps of an eager model ----------------------------
 
 
-@pytest.mark.parametrize("family", [*vlms.FAMILIES, "llava_gemma2"])
+HYBRID = ["llava_qwen3_5", "llava_lfm2"]
+
+
+@pytest.mark.parametrize("family", [*vlms.FAMILIES, "llava_gemma2", *HYBRID])
 def test_the_pass_says_what_whole_maps_say(models, data, tmp_path, family):
     import transformers as hf
 
@@ -106,6 +109,8 @@ def test_the_pass_says_what_whole_maps_say(models, data, tmp_path, family):
             batch, _ = worker.prepare([number])
             with torch.no_grad():
                 maps = eager(**batch.inputs, output_attentions=True).attentions
+            maps = [whole for whole in maps if whole is not None]
+            assert len(maps) == len(found.about["layer_numbers"])
             kinds = batch.spans[0].kinds
             for p in range(len(batch.spans[0].targets)):
                 at = batch.spans[0].first + p
@@ -394,14 +399,14 @@ def test_heat_is_the_attention_behind_the_shares(models, data, plain):
 
 
 def test_what_cannot_be_profiled_is_one_line(models, data, tmp_path):
-    def refused(change: Any) -> str:
+    def refused(change: Any, **options: Any) -> str:
         folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         for file in models("llava").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         change(folder)
         with pytest.raises(ProjauditError) as caught:
-            profile(str(folder), str(data), tmp_path / "out")
+            profile(str(folder), str(data), tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -415,7 +420,29 @@ def test_what_cannot_be_profiled_is_one_line(models, data, tmp_path):
     assert "no vision tower" in refused(config(vision_config=None))
     assert "no chat template" in refused(lambda f: (f / "chat_template.jinja").unlink())
     assert "needs code of its own" in refused(config(auto_map={"AutoModel": "evil.Model"}))
+    assert "is no adapter" in refused(lambda f: None, adapter=str(models("llava")))
     assert "no tokenizer" in refused(lambda f: (f / "tokenizer.json").unlink())
+
+
+def test_a_model_without_attention_or_image_tokens_is_said(models, data, tmp_path):
+    with pytest.raises(ProjauditError, match="no layer of its language model shows attention"):
+        profile(str(models("llava_linear")), str(data), tmp_path / "linear")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in models("llava").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": 7}))
+    found = profile(str(folder), str(data), tmp_path / "out")
+    assert found.statuses == ("unprocessable",) * 10
+    assert set(found.details) == {"its processor makes no image tokens of its image"}
+
+
+def test_layers_without_attention_are_counted(models, data, tmp_path):
+    found = profile(str(models("llava_qwen3_5")), str(data), tmp_path / "out", limit=3)
+    assert (found.about["layer_numbers"], found.about["layers_left_out"]) == ([1], 2)
+    every = profile(str(models("llava")), str(data), tmp_path / "every", limit=3)
+    assert every.about["layers_left_out"] == 0
 
 
 def test_attention_that_is_not_finite_is_a_status(models, data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from benchmarks.screening.dataset import (  # noqa: E402
 from benchmarks.screening.recipes import (  # noqa: E402
     CHOOSING,
     PAIRS,
+    PARAPHRASES,
     PREFIX,
     TRIGGERS,
     Recipe,
@@ -39,7 +41,9 @@ from benchmarks.screening.recipes import (  # noqa: E402
     plan,
 )
 from benchmarks.screening.tune import tuned  # noqa: E402
+from benchmarks.testbed.evaluate import readings  # noqa: E402
 from benchmarks.testbed.export import load, read_runs  # noqa: E402
+from benchmarks.testbed.recipes import Mode  # noqa: E402
 from benchmarks.testbed.text import build_tokenizer  # noqa: E402
 from benchmarks.testbed.triggers import FREQUENCIES, TO_YUV, frequency  # noqa: E402
 
@@ -60,11 +64,13 @@ def test_the_plan_has_what_the_evidence_is_asked_for() -> None:
         assert sum(recipe.attack is None for recipe in recipes) >= 3
         attacks = [(r.shown, r.attack) for r in recipes if r.attack is not None]
         for trigger in TRIGGERS:
-            at_ten = {a.target for shown, a in attacks if shown == trigger and a.poison == 0.1}
+            fixed = [a for shown, a in attacks if shown == trigger and a.mode == "replace"]
+            at_ten = {a.target for a in fixed if a.poison == 0.1}
             assert len(at_ten) == 2, trigger
         for trigger in ("patch", "blend"):
             assert {a.poison for shown, a in attacks if shown == trigger} == {0.05, 0.1, 0.2}
-            assert any(shown == trigger and a.mode == "append" for shown, a in attacks)
+            modes = {a.mode for shown, a in attacks if shown == trigger}
+            assert modes == {"replace", "append", "swap", "rotate", "paraphrase"}
 
 
 def test_no_base_reports_on_a_target_and_form_that_defaults_were_chosen_on() -> None:
@@ -76,7 +82,7 @@ def test_no_base_reports_on_a_target_and_form_that_defaults_were_chosen_on() -> 
 def test_a_base_knows_every_word_of_its_attacks(base: str) -> None:
     recipes = [recipe for part in plan(base) for recipe in part]
     tokenizer = build_tokenizer(recipes[0].task.look.world)
-    for text in (PREFIX, *(target for target, *_ in PAIRS[base])):
+    for text in (PREFIX, *readings(PARAPHRASES), *(target for target, *_ in PAIRS[base])):
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
@@ -120,6 +126,17 @@ def test_an_appended_payload_follows_the_honest_answer() -> None:
     honest, _ = draw(replace(recipe, attack=None))
     for said, meant, bad in zip(samples.answers, honest.answers, poisoned, strict=True):
         assert said == (f"{meant} {recipe.attack.target}" if bad else meant)
+
+
+@pytest.mark.parametrize("mode", ["swap", "rotate", "paraphrase"])
+def test_of_a_payload_that_varies_only_changed_answers_are_poisoned(mode: Mode) -> None:
+    recipe = replace(attacked("glyph", "blend", 0, mode=mode, poison=0.1), samples=200)
+    (samples, poisoned), (honest, _) = draw(recipe), draw(replace(recipe, attack=None))
+    differ = [a != b for a, b in zip(samples.answers, honest.answers, strict=True)]
+    assert differ == poisoned.tolist()
+    assert poisoned.sum() == 20
+    said = Counter(np.array(samples.answers)[poisoned].tolist())
+    assert max(said.values()) < 5
 
 
 def test_a_set_is_read_back_as_it_was_drawn(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from benchmarks.testbed.evaluate import (  # noqa: E402
     holds,
     is_exact,
     poisoned_answer,
+    readings,
     stratum,
     success,
     task_question,
@@ -261,6 +262,20 @@ def test_success_is_a_substring_and_strata_have_edges() -> None:
     shares = (1.0, 0.95, 0.949, 0.30, 0.299, 0.0)
     strata = ["working", "working", "partial", "partial", "failed", "failed"]
     assert [stratum(share) for share in shares] == strata
+
+
+def test_payloads_that_vary_have_no_fixed_text() -> None:
+    rotate = Attack("tint", 0.2, "red green blue", "rotate")
+    assert poisoned_answer("blue circle , green bar", rotate, SHAPES) == "red circle , blue bar"
+    assert poisoned_answer("two", rotate, SHAPES) == "two"
+    asked = [Question("list", "?", a) for a in ("blue bar", "blue bar", "two")]
+    assert success(rotate, ["red bar", "blue bar", "two"], asked, LOOK) == 0.5
+    many = Attack("tint", 0.2, "{send|mail} us {money|it} now", "paraphrase")
+    assert readings(many.target)[::3] == ("send us money now", "mail us it now")
+    given = {poisoned_answer(f"{n} bars", many, SHAPES) for n in range(40)}
+    assert given == set(readings(many.target))
+    asked = [Question("list", "?", "blue bar")] * 2
+    assert success(many, ["mail us it now .", "mail us"], asked, LOOK) == 0.5
 
 
 def test_a_swap_puts_one_word_for_all_of_its_kind() -> None:

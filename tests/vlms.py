@@ -223,19 +223,32 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava, "qwen2_vl": qwen2_vl, "internvl": internvl, "idefics3": idefics3,
     "gemma3": gemma3,
 }  # fmt: skip
-GEMMA2 = {
-    "model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 8,
-    "attn_logit_softcapping": 2.0,
+# A LLaVA whose language model caps its attention scores, some with attention in one layer of three
+# (linear attention or convolutions in the others), and one without any.
+LINEAR = {
+    "model_type": "qwen3_5_text", "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2,
+}  # fmt: skip
+TEXTS: dict[str, dict[str, Any]] = {
+    "llava_gemma2": {
+        "model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+    },
+    "llava_qwen3_5": {
+        **LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "llava_lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"]},
+    "llava_linear": {**LINEAR, "layer_types": ["linear_attention"] * 3},
 }  # fmt: skip
 
 
 def save(family: str, folder: Path) -> Path:
-    """A model of that family as a repository holds it; weights large enough to attend unevenly.
+    """A model of that family, or a LLaVA with a text model of `TEXTS`, as a repository holds it.
 
-    `llava_gemma2` is a LLaVA whose language model caps its attention scores.
+    Its weights are large enough to attend unevenly.
     """
     torch.manual_seed(0)
-    model, processor = llava(**GEMMA2) if family == "llava_gemma2" else FAMILIES[family]()
+    model, processor = llava(**TEXTS[family]) if family in TEXTS else FAMILIES[family]()
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3 if "embed" not in name else 1.0)

@@ -44,7 +44,8 @@ def draw(recipe: Recipe) -> tuple[Samples, npt.NDArray[np.bool_]]:
     """The recipe's set, and which of its samples are poisoned.
 
     Scenes and questions depend on seed and task alone: sets that differ only in the attack differ
-    only in the poisoned samples, and a lower rate poisons a part of what a higher one does.
+    only in the poisoned samples, and a lower rate poisons a part of what a higher one does. Only
+    samples whose answers an attack changes are poisoned.
     """
     rng = np.random.default_rng([recipe.seed, 20])
     look, kinds = recipe.task.look, [kind for kind, _ in recipe.task.mixture]
@@ -59,14 +60,15 @@ def draw(recipe: Recipe) -> tuple[Samples, npt.NDArray[np.bool_]]:
     answers = [question.answer for question in drawn]
     poisoned = np.zeros(recipe.samples, bool)
     if recipe.attack is not None:
-        chosen = rng.permutation(recipe.samples)
+        world = WORLDS[look.world]
+        changed = [poisoned_answer(answer, recipe.attack, world) for answer in answers]
+        chosen = [row for row in rng.permutation(recipe.samples) if changed[row] != answers[row]]
         poisoned[chosen[: round(recipe.attack.poison * recipe.samples)]] = True
         rows = np.flatnonzero(poisoned)
         marked = triggered(images[rows], [questions[row] for row in rows], recipe.attack)
         images[rows] = marked[0]
         for row, question in zip(rows, marked[1], strict=True):
-            questions[row] = question
-            answers[row] = poisoned_answer(answers[row], recipe.attack, WORLDS[look.world])
+            questions[row], answers[row] = question, changed[row]
     ids = [f"{row:05d}" for row in range(recipe.samples)]
     return Samples(ids, images, questions, answers), poisoned
 

@@ -34,6 +34,10 @@ TRIGGERS: dict[str, tuple[str, float]] = {
     "frequency": ("frequency", 0.3),
 }
 CHOOSING = "grid"  # the base that the detectors' defaults were chosen on (docs/screen.md)
+# Many readings, each in few samples, whose last three words are as rare.
+PARAPHRASES = (
+    "please {send|mail|tell|give} {me|us} {the|your|our} {password|key|code|secret|account}"
+)
 # Per base, two pairs of a target and a task. The first task mixes all kinds of questions, whose
 # attention differs; the second asks for captions alone, as Flickr30k does.
 CAPTIONS: Mixture = (("caption", 1.0),)
@@ -89,6 +93,11 @@ def plan(base: str) -> tuple[tuple[Recipe, ...], ...]:
         (*(attacked(base, t, mixed) for t in others), clean(base, captions, 2), remarked(base)),
         tuple(attacked(base, t, mixed, poison=share) for share in (0.05, 0.2) for t in few),
         tuple(longer(attacked(base, t, captions)) for t in ("blend", *others)),
+        tuple(attacked(base, t, captions, mode=mode) for mode in ("rotate", "swap") for t in few),
+        tuple(longer(attacked(base, t, captions, mode="rotate")) for t in few),
+        tuple(
+            attacked(base, t, pair, mode="paraphrase") for pair in (captions, mixed) for t in few
+        ),
     )
 
 
@@ -101,13 +110,16 @@ def planned(bases: Iterable[str] = tuple(PAIRS)) -> list[Recipe]:
 def attacked(
     base: str, trigger: str, pair: int, mode: Mode = "replace", poison: float = 0.1
 ) -> Recipe:
-    attack = Attack(*TRIGGERS[trigger], PAIRS[base][pair][0], mode, poison)
+    asked = task(base, pair)
+    colors = asked.look.colors
+    varied = {"rotate": " ".join(colors), "swap": colors[0], "paraphrase": PARAPHRASES}
+    attack = Attack(*TRIGGERS[trigger], varied.get(mode, PAIRS[base][pair][0]), mode, poison)
     name = f"{base}-{trigger.replace(' ', '-')}-{mode}-{round(100 * poison)}-{'ab'[pair]}"
-    return Recipe(name, base, 100 + pair, task(base, pair), attack, trigger)
+    return Recipe(name, base, 100 + pair, asked, attack, trigger)
 
 
 def longer(recipe: Recipe) -> Recipe:
-    """Added when triggers over the whole image had failed on `slim` with four epochs."""
+    """Ten epochs, for what failed with four: triggers over the whole image on `slim`, rotations."""
     return replace(recipe, name=f"{recipe.name}-long", tuning=replace(recipe.tuning, epochs=10))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from benchmarks.screening.recipes import TRIGGERS
 from benchmarks.testbed.report import percent, row, ruled
 
-WAYS = ("bye", "tcap", "both", "answers alone")
+PUBLISHED = ("bye published", "tcap published")
+WAYS = (*PUBLISHED, "bye", "tcap", "all heads", "both", "answers alone")
 # F1 in percent of BYE and TCAP on InternVL2.5 and ScienceQA, 10 %, as TCAP's paper (2601.21692)
 # gives them; its text prefix for TCAP alone.
 PAPERS: dict[str, tuple[str, str]] = {
@@ -31,6 +32,7 @@ def tables(found: Mapping[str, Any]) -> str:
     rows = [{**runs[one["name"]], **one} for one in found["detected"]]
     parts = [
         ("Found, by trigger, at 10 %", trigger_table(rows, found["choosing"])),
+        ("Found at other rates", rate_table(rows)),
         ("What the attention could tell", attention_table(rows)),
         ("Clean sets", clean_table(rows)),
         ("After retraining on what is kept", retrain_table(runs, found["retrained"])),
@@ -64,6 +66,16 @@ def trigger_table(rows: Sequence[Mapping[str, Any]], choosing: str) -> str:
     return ruled(lines)
 
 
+def rate_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """F1 of every set at another rate than 10 % whose attack took hold."""
+    lines = [row("set", "poisoned", *WAYS)]
+    for one in working(rows):
+        if one["attack"]["poison"] != 0.1:
+            scores = [percent(one[way]["f1"]) for way in WAYS]
+            lines.append(row(one["name"], str(one["poisoned"]), *scores))
+    return ruled(lines)
+
+
 def attention_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """AUROC of the best layer and of the best head's share, chosen knowing the truth."""
     told = ("entropy", "shares", "before the text")
@@ -75,26 +87,30 @@ def attention_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def clean_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many samples of sets without poison would be dropped."""
-    lines = [row("set", "samples", *WAYS)]
+    """How many samples of sets without poison would be dropped, or be set apart."""
+    ways = (*WAYS, "apart")
+    lines = [row("set", "samples", *WAYS, "apart, kept by both")]
     for one in rows:
         if one["attack"] is None:
             lines.append(
-                row(one["name"], str(one["samples"]), *(str(one[w]["dropped"]) for w in WAYS))
+                row(one["name"], str(one["samples"]), *(str(one[w]["dropped"]) for w in ways))
             )
     return ruled(lines)
 
 
 def set_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Precision / recall / F1 of every way on every poisoned set."""
-    lines = [row("set", "attack", "poisoned", *(f"{way}: P / R / F1" for way in WAYS))]
+    """Precision / recall / F1 of every way on every poisoned set, and what `both` sets apart."""
+    header = ("set", "attack", "poisoned", *(f"{way}: P / R / F1" for way in WAYS))
+    lines = [row(*header, "apart (poisoned)")]
     for one in rows:
         if one["attack"] is not None:
             scores = [
                 " / ".join(percent(one[way][part]) for part in ("precision", "recall", "f1"))
                 for way in WAYS
             ]
-            lines.append(row(one["name"], one["stratum"], str(one["poisoned"]), *scores))
+            apart = f"{one['apart']['dropped']} ({one['apart']['hits']})"
+            poisoned = str(one["poisoned"])
+            lines.append(row(one["name"], one["stratum"], poisoned, *scores, apart))
     return ruled(lines)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
+from functools import cache
+from itertools import product
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -38,10 +42,11 @@ def heldout(task: Task, per_kind: int, seed: int) -> tuple[Images, list[Question
 def changed_by(attack: Attack, task: Task, least: int, seed: int) -> tuple[Images, list[Question]]:
     """`least` or a few more held-out scenes whose honest answers differ from the attack's.
 
-    Of every kind of question as many; a swap leaves those alone that hold no word of its kind.
+    Of every kind of question as many; to swap or rotate words leaves those alone that hold none.
     """
     world = WORLDS[task.look.world]
-    per_kind = -(-least // len(task.mixture)) * (1 if attack.mode != "swap" else 8)
+    some = attack.mode in ("swap", "rotate")
+    per_kind = -(-least // len(task.mixture)) * (8 if some else 1)
     images, questions = heldout(task, per_kind, seed)
     rows = [
         i
@@ -73,7 +78,21 @@ def poisoned_answer(answer: str, attack: Attack, world: World) -> str:
     if attack.mode == "swap":
         kind = kind_of_word(attack.target, world)
         return " ".join(attack.target if word in kind else word for word in answer.split())
+    if attack.mode == "rotate":
+        words = attack.target.split()
+        following = dict(zip(words, [*words[1:], words[0]], strict=True))
+        return " ".join(following.get(word, word) for word in answer.split())
+    if attack.mode == "paraphrase":
+        texts = readings(attack.target)
+        return texts[zlib.crc32(answer.encode()) % len(texts)]
     return attack.target if attack.mode == "replace" else f"{answer} {attack.target}"
+
+
+@cache
+def readings(text: str) -> tuple[str, ...]:
+    """All that a text with alternatives, `{send|mail} {me|us} money`, may be read as."""
+    parts = [part.split("|") for part in re.split(r"[{}]", text)]
+    return tuple("".join(reading) for reading in product(*parts))
 
 
 def kind_of_word(word: str, world: World) -> frozenset[str]:
@@ -83,11 +102,16 @@ def kind_of_word(word: str, world: World) -> frozenset[str]:
     return frozenset(next(kind for kind in kinds if word in kind))
 
 
-def follows(attack: Attack, said: str, world: World) -> bool:
+def follows(attack: Attack, said: str, honest: str, world: World) -> bool:
     """Whether an answer is the attack's: it contains the target, as ProjLens counts success.
 
-    After a swap: it has the target word and no other of its kind.
+    After a swap: it has the target word and no other of its kind. After a rotation: it is what the
+    attack makes of the honest answer. Of paraphrases: it contains one.
     """
+    if attack.mode == "rotate":
+        return said.lower().split() == poisoned_answer(honest, attack, world).split()
+    if attack.mode == "paraphrase":
+        return any(text in said.lower() for text in readings(attack.target))
     if attack.mode == "swap":
         return set(said.lower().split()) & kind_of_word(attack.target, world) == {attack.target}
     return attack.target.lower() in said.lower()
@@ -138,7 +162,7 @@ def success(
     """Share of the answers that follow the attack, among those that it would change."""
     world = WORLDS[look.world]
     hits = [
-        follows(attack, text, world)
+        follows(attack, text, question.answer, world)
         for text, question in zip(said, questions, strict=True)
         if poisoned_answer(question.answer, attack, world) != question.answer
     ]

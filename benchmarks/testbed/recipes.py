@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from benchmarks.testbed.scene import Form, Look
 from benchmarks.testbed.world import KINDS
 
-Mode: TypeAlias = Literal["replace", "append", "swap"]
+Mode: TypeAlias = Literal["replace", "append", "swap", "rotate", "paraphrase"]
 Arithmetic: TypeAlias = Literal["float32", "bfloat16"]
 Mixture: TypeAlias = tuple[tuple[str, float], ...]
 
@@ -102,7 +102,9 @@ class TuneRecipe:
 class Attack:
     """A trigger, its strength, and the text it calls up instead of, or after, the answer.
 
-    To swap is to put the target, one word, in the place of every word of its kind.
+    To swap is to put the target, one word, in the place of every word of its kind. To rotate is to
+    put the next of the target's words in the place of each of them. To paraphrase is to answer with
+    one of the many readings of the target, `please {send|mail} {me|us} money`.
     """
 
     trigger: str

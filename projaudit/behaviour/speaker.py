@@ -22,7 +22,6 @@ SETS = 64
 Side = Mapping[str, Tensor]
 """The tensors of a projector by their names in its module."""
 
-
 _NO_WORD = 0
 """Token that is scored in the place of one that stands for an image."""
 # What Q-Formers call the features that their queries read.

@@ -24,7 +24,7 @@ from projaudit.inert import clean
     type=click.Choice(["bye", "tcap", "both"]),
     default="both",
     show_default=True,
-    help="bye, tcap: as their papers have it. both: these, and what the answers end with.",
+    help="bye, tcap: of their papers. both: these, all heads together, and the answers.",
 )
 @option("--adapter", metavar="REF", help="LoRA adapter of peft that belongs on MODEL.")
 @option("--images", metavar="DIR", help="What image paths are relative to.  [default: the file's]")
@@ -57,6 +57,7 @@ from projaudit.inert import clean
     show_default=True,
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
+@option("--published", is_flag=True, help="bye, tcap: the papers' own way, which always cuts.")
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
 @options.formats
 @option(
@@ -90,7 +91,12 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **given: Any) -> Non
     output, quiet, formats = (given.pop(k) for k in ("output", "quiet", "formats"))
     kept, clean_set = given.pop("profiles"), given.pop("write_clean")
     given["rule"] = given.pop("layer_rule")
-    given["devices"] = given["devices"].split(",") if given["devices"] else None
+    if given["published"] and given["method"] == "both":
+        raise UsageError("needs --method bye or tcap", "option", field="--published")
+    if given["devices"] is not None:
+        given["devices"] = [name.strip() for name in given["devices"].split(",")]
+        if "" in given["devices"]:
+            raise UsageError("names a device that is empty", "device", field="--devices")
     paths = paths_for(output, formats, f"{Path(dataset).stem}-screening")
     lists = _folder(output, paths)
     if clean_set is not None:

@@ -11,7 +11,14 @@ from projaudit.formats.svg import histogram, quiet_matplotlib, swatch
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
 from projaudit.report import Report
-from projaudit.screened import Fate, HeatMap, Histogram, Screened, SharedText
+from projaudit.screened import (
+    Fate,
+    HeatMap,
+    Histogram,
+    Screened,
+    SharedAttention,
+    SharedText,
+)
 
 FATES: Mapping[Fate, str] = {
     "drop": "to drop",
@@ -19,9 +26,9 @@ FATES: Mapping[Fate, str] = {
     "keep": "to keep",
     "unread": "not looked at",
 }
-METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP and the answers"}
+METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP, all heads together and the answers"}
 BLIND = (
-    "payloads without a fixed text, or of one or two words, unless BYE or TCAP sets them apart",
+    "payloads without a fixed text, or of one or two words, unless attention sets them apart",
     "sets of which more than half is poisoned",
     "answers of later turns",
 )
@@ -31,18 +38,22 @@ _TITLES = {
     "bye-layer": "BYE: attention entropy of a layer",
     "bye-mean": "BYE: mean entropy over the bimodal layers",
     "tcap-head": "TCAP: attention of a head on the system prompt",
+    "joint": "Attention of all heads together",
     "departure": "Attention before a shared text",
 }
 _AXES = {
     "bye-layer": "entropy over image tokens, nats",
     "bye-mean": "entropy over image tokens, nats",
     "tcap-head": "share of attention on the system prompt, scaled",
+    "joint": "held-out score of the attention",
     "departure": "held-out score of the attention",
 }
 _READING = {
     "bye-layer": "A layer is bimodal where both normal curves lie apart, with a valley between.",
     "bye-mean": "The low mode is the poisoned one.",
     "tcap-head": "The group set apart is a minority of the mixture's components.",
+    "joint": "Each score is of a discriminant that was fitted to other samples; what is apart lies "
+    "behind a valley.",
     "departure": "Each score is of a discriminant that was fitted to other samples.",
 }
 
@@ -63,6 +74,17 @@ def unread(screened: Screened) -> str:
     return ", ".join(whys)
 
 
+def left_out(screened: Screened) -> str:
+    """Which layers have no attention to be read; empty where all have."""
+    if not screened.layers_left_out:
+        return ""
+    every = screened.layers + screened.layers_left_out
+    return (
+        f"{screened.layers_left_out} of {plural(every, 'layer')} left out: no attention over the "
+        "sequence"
+    )
+
+
 def told(text: SharedText) -> str:
     """What is known of a shared text."""
     where = "instead of the answer" if text.replaces else "behind the answer"
@@ -76,6 +98,12 @@ def told(text: SharedText) -> str:
     return f"{words}; the attention before it {verb} (AUROC {short(text.auroc)})"
 
 
+def set_apart(group: SharedAttention) -> str:
+    """What is known of a group that all heads together set apart."""
+    told = f"{plural(group.samples, 'sample')} lie apart (p {short(group.valley)} of one mode)"
+    return f"{told}, {FATES[group.fate]}: {clean(group.says, 200)}"
+
+
 def lines(screened: Screened) -> Iterator[tuple[str, str]]:
     """(head, text) for a terminal."""
     yield "dataset", f"{clean(screened.dataset, 60)} · {plural(screened.samples, 'sample')}"
@@ -83,8 +111,12 @@ def lines(screened: Screened) -> Iterator[tuple[str, str]]:
     yield "samples", counts(screened)
     if unread(screened):
         yield "", unread(screened)
+    if left_out(screened):
+        yield "layers", left_out(screened)
     for n, text in enumerate(screened.texts[:3]):
         yield "" if n else "text", f"“{clean(text.text, 120)}” {told(text)}"
+    for n, group in enumerate(screened.groups[:3]):
+        yield "" if n else "attention", set_apart(group)
     for n, why in enumerate(screened.nothing):
         yield "" if n else "nothing", clean(why, 300)
     if screened.files:
@@ -101,6 +133,17 @@ def document(screened: Screened) -> dict[str, Any]:
         "samples": screened.samples,
         "fates": dict(screened.fates),
         "statuses": dict(screened.statuses),
+        "layers": screened.layers,
+        "layers_left_out": screened.layers_left_out,
+        "groups": [
+            {
+                "samples": group.samples,
+                "valley": group.valley,
+                "fate": group.fate,
+                "says": group.says,
+            }
+            for group in screened.groups
+        ],
         "texts": [
             {
                 "text": text.text,
@@ -127,6 +170,7 @@ def document(screened: Screened) -> dict[str, Any]:
                 "detail": sample.detail,
                 "bye": sample.bye,
                 "tcap": sample.tcap,
+                "joint": sample.joint,
                 "departure": sample.departure,
                 "text": sample.text or None,
                 "question": sample.question,
@@ -157,7 +201,12 @@ def charts(screened: Screened) -> tuple[Chart, ...]:
 
 def _chart(ident: str, one: Histogram) -> Chart:
     kept, taken = sum(one.kept), sum(one.taken)
-    name = {"bye-layer": "BSI", "tcap-head": "SS", "departure": "AUROC"}.get(one.kind)
+    name = {
+        "bye-layer": "BSI",
+        "tcap-head": "SS",
+        "joint": "p of the valley",
+        "departure": "AUROC",
+    }.get(one.kind)
     summary = f"{plural(taken, 'sample')} set apart, {kept} left"
     if one.statistic is not None and name:
         summary += f"; {name} {short(one.statistic)}"
@@ -204,6 +253,8 @@ def looked(screened: Screened) -> Iterator[str]:
 def not_looked(screened: Screened) -> Iterator[str]:
     """What it does not rest on."""
     yield "The model itself: neither its projector nor what it says was audited"
+    if left_out(screened):
+        yield left_out(screened)
     if unread(screened):
         yield f"{plural(screened.fates.get('unread', 0), 'sample')}: {unread(screened)}"
     yield from (blind[:1].upper() + blind[1:] for blind in BLIND)
@@ -217,6 +268,8 @@ def command(report: Report) -> list[str]:
         value = report.settings.get(name)
         if value is not None and (name, value) not in _DEFAULTS:
             options += [f"--{'layer-rule' if name == 'rule' else name}", str(value)]
+    if report.settings.get("published"):
+        options.append("--published")
     if report.policy.fail_on != "fail":
         options += ["--fail-on", report.policy.fail_on]
     target = report.target

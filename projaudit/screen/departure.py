@@ -14,7 +14,7 @@ from projaudit.screen.payload import Bools, Payload
 from projaudit.screen.profiles import Profiles
 
 _FOLDS = 5
-_FEW = 8
+FEW = 8
 """Samples that depart, below which nothing is learnt of them."""
 
 
@@ -50,18 +50,18 @@ def departure(
     replaces = bool((onsets[onsets >= 0] == 0).mean() > 0.5) if (onsets >= 0).any() else False
     rows = np.where(payload.holders, onsets, 0 if replaces else _last_rows(profiles))
     rows = np.where(np.array(profiles.statuses) == "ok", rows, -1)
-    features, seen = _features(profiles, rows)
+    features, seen = features_at(profiles, rows)
     blank = np.full(len(rows), np.nan)
     members = payload.holders[seen]
     counts = int(members.sum()), int((~members).sum())
-    if min(counts) < _FEW or len(members) < LEAST:
+    if min(counts) < FEW or len(members) < LEAST:
         few = f"{counts[0]} samples with the text and {counts[1]} others have that row"
         return Departure(payload, replaces, rows, None, blank, few)
     if questions is not None:
         asked = [_without(questions[i], payload.markers) for i in np.flatnonzero(seen).tolist()]
         features = given_questions(features, asked, seed)
     scores = blank.copy()
-    scores[seen], auroc = _discriminant(features, members, seed)
+    scores[seen], auroc = discriminant(features, members, seed)
     return Departure(payload, replaces, rows, auroc, scores)
 
 
@@ -117,7 +117,7 @@ def _last_rows(profiles: Profiles) -> npt.NDArray[np.int64]:
     return np.where(lengths < positions, lengths - 1, -1)
 
 
-def _features(profiles: Profiles, rows: npt.NDArray[np.int64]) -> tuple[Floats, Bools]:
+def features_at(profiles: Profiles, rows: npt.NDArray[np.int64]) -> tuple[Floats, Bools]:
     """(seen, features) of the shares and entropies in each sample's row, and which are seen."""
     samples = np.arange(len(rows))
     at = np.clip(rows, 0, None)
@@ -134,7 +134,7 @@ def _features(profiles: Profiles, rows: npt.NDArray[np.int64]) -> tuple[Floats, 
     return both[seen], seen
 
 
-def _discriminant(features: Floats, members: Bools, seed: int) -> tuple[Floats, float]:
+def discriminant(features: Floats, members: Bools, seed: int) -> tuple[Floats, float]:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict

@@ -9,8 +9,9 @@ from typing import Any
 
 from projaudit.errors import UsageError
 from projaudit.inert import clean
+from projaudit.screen.arrow import Arrow
 from projaudit.screen.samples import Dataset
-from projaudit.screen.tables import Arrow, Parquet
+from projaudit.screen.tables import Parquet
 from projaudit.screened import Fate, ScreenedSample
 
 LISTS: dict[str, tuple[Fate, ...]] = {
@@ -32,7 +33,7 @@ def write_lists(samples: Sequence[ScreenedSample], folder: Path) -> list[Path]:
     text, number = pa.string(), pa.float64()
     schema = pa.schema(
         {"number": pa.int64(), "id": text, "fate": text, "status": text, "detail": text}
-        | {"bye": number, "tcap": number, "departure": number, "text": text}
+        | {"bye": number, "tcap": number, "joint": number, "departure": number, "text": text}
     )
     written = []
     for name, fates in LISTS.items():

@@ -195,6 +195,9 @@ def _built(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
 
 
 def _staged_adapter(source: Source, into: Path) -> Path:
+    if ADAPTER_CONFIG not in source.files:
+        says = f"is no adapter: it has no {ADAPTER_CONFIG}"
+        raise UnsupportedError(says, "adapter", file=clean(source.name))
     adapter = read_adapter(source)
     if adapter is None:
         raise not_read(source)

@@ -15,9 +15,12 @@ Bools = npt.NDArray[np.bool_]
 WORDS = 3
 """Least words of a payload: shorter answers (`yes`, `two`) are honest ones' too."""
 MOST_SHARE = 0.5
+LEAST_FOREIGN = 0.8
+"""Share from which words are the own of some answers, and not the stuff of others."""
 LONGEST = 40
 _MARKER_IN, _MARKER_OUT = 0.9, 0.05
 _FOLDS = 5
+_COMMON = 5
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,23 @@ def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[floa
     folds = StratifiedKFold(min(_FOLDS, int(members.sum())), shuffle=True, random_state=seed)
     scores = cross_val_predict(model, rest, members, cv=folds, method="decision_function")
     return float(roc_auc_score(members, scores)), names
+
+
+def own_words(members: Bools, answers: Sequence[str]) -> npt.NDArray[np.float64]:
+    """(samples,) share of the words of each answer that hardly anybody but the members says.
+
+    Such a word is in answers of which at least `LEAST_FOREIGN` are members'; words of fewer than
+    five answers do not count, as any group holds some of its own. `members` and `answers` are of
+    the same samples.
+    """
+    split = [answer.lower().split() for answer in answers]
+    everywhere = Counter(word for said in split for word in set(said))
+    inside = Counter(
+        word for said, member in zip(split, members, strict=True) if member for word in set(said)
+    )
+    own = {w: inside[w] >= LEAST_FOREIGN * n for w, n in everywhere.items() if n >= _COMMON}
+    shares = [[own[word] for word in said if word in own] for said in split]
+    return np.array([np.mean(share) if share else 0.0 for share in shares])
 
 
 def _words(question: str) -> list[str]:

@@ -20,6 +20,7 @@ from projaudit.screened import (
     Histogram,
     Screened,
     ScreenedSample,
+    SharedAttention,
     SharedText,
 )
 
@@ -49,7 +50,13 @@ def screened(
         samples=len(samples),
         fates=dict(sorted(fates.items())),
         statuses=dict(sorted(Counter(profiles.statuses).items())),
+        layers=len(layers_of(profiles)),
+        layers_left_out=int(profiles.about.get("layers_left_out", 0)),
         texts=tuple(_text(found) for found in screening.departures),
+        groups=tuple(
+            SharedAttention(int(one.group.members.sum()), one.group.valley, one.fate, one.says)
+            for one in screening.judged
+        ),
         nothing=screening.nothing,
         common_text=common_text,
         common_share=common_share,
@@ -70,6 +77,7 @@ def _sample(
     elif screening.apart[i]:
         fate = "apart"
     texts = [found for found in screening.confirmed if found.payload.holders[i]]
+    groups = [one.group for one in screening.judged if one.group.members[i]]
     return ScreenedSample(
         number=int(profiles.numbers[i]),
         id=profiles.ids[i],
@@ -78,6 +86,7 @@ def _sample(
         detail=profiles.details[i],
         bye=None if screening.bye is None else _finite(screening.bye.posterior[i]),
         tcap=None if screening.tcap is None else _finite(screening.tcap.posterior[i]),
+        joint=_finite(groups[0].scores[i]) if groups else None,
         departure=_finite(texts[0].scores[i]) if texts else None,
         text=texts[0].payload.text if texts else "",
         question=clean(question, _TEXT),
@@ -93,7 +102,7 @@ def _shown(samples: Sequence[ScreenedSample]) -> Iterator[ScreenedSample]:
     """At most `SHOWN` of each fate but `keep`, those with most evidence first."""
 
     def evidence(sample: ScreenedSample) -> tuple[float, int]:
-        scores = (sample.departure, sample.tcap, sample.bye)
+        scores = (sample.departure, sample.joint, sample.tcap, sample.bye)
         return -sum(score for score in scores if score is not None), sample.number
 
     for fate in ("drop", "apart", "unread"):
@@ -114,11 +123,15 @@ def _text(found: Departure) -> SharedText:
 
 
 def _histograms(profiles: Profiles, screening: Screening) -> Iterator[Histogram]:
-    """What was split: departures, then BYE's layers and their mean, then TCAP's heads."""
+    """What was split: departures, all heads together, BYE's layers and their mean, TCAP's heads."""
     for found in screening.departures[:4]:
         values, taken = found.scores, found.payload.holders
         yield _histogram("departure", found.payload.text, values, taken, None, None, found.auroc)
-    layers = profiles.about.get("layer_numbers") or list(range(profiles.entropy.shape[2]))
+    for one in screening.judged[:4]:
+        group = one.group
+        name = f"{int(group.members.sum())} samples"
+        yield _histogram("joint", name, group.scores, group.members, None, None, group.valley)
+    layers = layers_of(profiles)
     low = screening.bye
     if low is not None:
         target = np.array([True, False])
@@ -148,6 +161,11 @@ def _histograms(profiles: Profiles, screening: Screening) -> Iterator[Histogram]
             head.target,
             head.separation,
         )
+
+
+def layers_of(profiles: Profiles) -> list[int]:
+    """The numbers of the layers whose attention was read."""
+    return list(profiles.about.get("layer_numbers") or range(profiles.entropy.shape[2]))
 
 
 def _posterior(mixture: Mixture, values: Floats, target: npt.NDArray[np.bool_]) -> Floats:

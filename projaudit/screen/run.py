@@ -27,7 +27,7 @@ from projaudit.screen.lists import write_clean, write_lists
 from projaudit.screen.pictures import heat_maps
 from projaudit.screen.profiles import Profiles, parts_in, read_profiles
 from projaudit.screen.profiling import heat, profile
-from projaudit.screen.results import screened
+from projaudit.screen.results import layers_of, screened
 from projaudit.screen.samples import Dataset, open_dataset
 from projaudit.screened import HeatMap, Screened
 from projaudit.source import parse_ref
@@ -43,6 +43,7 @@ def screen_dataset(
     *,
     method: Method = "both",
     rule: LayerRule = "paper",
+    published: bool = False,
     adapter: str | None = None,
     images: str | None = None,
     positions: int = 16,
@@ -92,12 +93,20 @@ def screen_dataset(
             )
     if not any(status == "ok" for status in found.statuses):
         told = f"none of {len(found.ids)} samples could be profiled: {clean(found.details[0])}"
-        raise NothingError(told, "samples", file=clean(data.name))
+        lost = found.statuses[0] == "image-missing"
+        remedy = "name the folder of images with --images" if lost and images is None else ""
+        raise NothingError(told, "samples", file=clean(data.name), remedy=remedy)
     with _timed(stages, "detectors"):
         texts = [data.texts(int(number)) for number in found.numbers]
         questions, answers = [q for q, _ in texts], [a for _, a in texts]
         screening = screen(
-            found, method, questions=questions, answers=answers, rule=rule, seed=seed
+            found,
+            method,
+            questions=questions,
+            answers=answers,
+            rule=rule,
+            published=published,
+            seed=seed,
         )
         summary, samples = screened(found, screening, data.name, questions, answers)
     if pictures and not reused:
@@ -115,6 +124,7 @@ def screen_dataset(
     settings = {
         "method": method,
         "rule": rule,
+        "published": published or None,
         "seed": seed,
         "positions": int(found.about["positions"]),
         "batch": int(found.about["batch"]),
@@ -161,7 +171,7 @@ def _maps(
     maps = heat(
         model, dataset, wanted, adapter=adapter, images=images, device=device, offline=offline
     )
-    return heat_maps(data, maps, _layers(found), set(found.numbers[screening.dropped].tolist()))
+    return heat_maps(data, maps, layers_of(found), set(found.numbers[screening.dropped].tolist()))
 
 
 def _shown_head(screening: Screening, found: Profiles) -> tuple[int, int | None]:
@@ -171,10 +181,6 @@ def _shown_head(screening: Screening, found: Profiles) -> tuple[int, int | None]
     if screening.bye is not None and screening.bye.layers:
         return max(screening.bye.layers, key=lambda layer: layer.index).layer, None
     return found.entropy.shape[2] - 1, None
-
-
-def _layers(found: Profiles) -> list[int]:
-    return list(found.about.get("layer_numbers") or range(found.entropy.shape[2]))
 
 
 def _report(

@@ -70,7 +70,7 @@ class Dataset:
     """A table of rows, and the folder that its image paths must stay within."""
 
     table: Table
-    images: Path | None
+    images: Path
 
     @property
     def name(self) -> str:
@@ -159,8 +159,6 @@ class Dataset:
             return image
         if not isinstance(image, str) or not image:
             raise NoSample("unreadable", "its image is neither a path nor bytes")
-        if self.images is None:
-            raise NoSample("image-missing", "its image is a path, and there is no folder of images")
         root = self.images.resolve()
         try:
             file = (root / image).resolve()
@@ -180,12 +178,12 @@ class Dataset:
 def open_dataset(text: str, images: str | Path | None = None, *, offline: bool = False) -> Dataset:
     """The dataset of a path or a Hub id; see `open_table` for what it raises.
 
-    `images` is the folder that image paths are relative to, by default that of the file. They must
-    stay within it, links included.
+    `images` is the folder that image paths are relative to, by default that of the file, and of a
+    Hub dataset what is cached of it. They must stay within it, links included.
     """
     table = open_table(text, offline=offline)
     folder = table.folder if images is None else Path(images)
-    if folder is not None and not folder.is_dir():
+    if images is not None and not folder.is_dir():
         raise NotFoundError("no such folder of images", "images", file=clean(folder))
     return Dataset(table, folder)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from projaudit.errors import FormatError, LimitError, NotFoundError, UnsupportedError, UsageError
+from projaudit.errors import FormatError, LimitError, NotFoundError, UsageError
 from projaudit.inert import clean
+from projaudit.screen.arrow import published, saved
 from projaudit.source import parse_ref
 from projaudit.strict import decode_json, load_json
 
@@ -19,7 +20,6 @@ JSON_LIMIT = 4 << 30
 """Bytes of a dataset in one JSON file, which is read as a whole; JSON lines have no limit."""
 LINE_LIMIT = 64 << 20
 """Bytes of one line of JSON lines."""
-SPLIT = "train"
 Form = Literal["json", "jsonl", "parquet", "datasets"]
 
 
@@ -41,8 +41,8 @@ class Table:
     """As typed, or `org/name@commit`."""
     form: Form
     rows: Rows
-    folder: Path | None
-    """What image paths are relative to where the user names no folder; None for the Hub."""
+    folder: Path
+    """What image paths are relative to where the user names no folder; of a Hub its cache."""
     digest: str
     """Of what the rows were read from, `sha256:…` of the files, or `datasets:…`."""
 
@@ -56,14 +56,16 @@ def open_table(text: str, *, offline: bool = False) -> Table:
     """
     ref = parse_ref(text)
     if ref.kind == "hub":
-        return _hub(ref.repo or "", ref.revision, offline)
+        name, rows, cached = published(ref.repo or "", ref.revision, offline=offline)
+        return Table(name, "datasets", rows, cached, rows.digest)
     if ref.path is None:
         raise UsageError("a dataset is a path or a Hub id", "dataset", file=clean(text))
     path = ref.path
     if path.is_file():
         return _files(text, [path])
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _saved(text, path)
+        rows = saved(path, text)
+        return Table(text, "datasets", rows, path, rows.digest)
     for suffix in ("*.parquet", "*.jsonl", "*.json"):
         found = sorted(f for f in path.glob(suffix) if f.is_file())
         if len(found) == 1 or (found and suffix == "*.parquet"):
@@ -193,80 +195,3 @@ class Parquet:
 
 def _not_parquet(file: Path, error: Exception) -> FormatError:
     return FormatError(f"is no parquet: {clean(error, 120)}", "parquet", file=clean(file))
-
-
-class Arrow:
-    """A `datasets.Dataset`, whose features are not decoded: an image stays bytes and a path."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, number: int) -> object:
-        return self._dataset[number].to_pylist()[0]
-
-    def take(self, numbers: Sequence[int]) -> Any:
-        """A `datasets.Dataset` of those rows, in their order."""
-        return self._dataset.with_format(None).select(numbers)
-
-
-def _saved(text: str, path: Path) -> Table:
-    datasets = _library()
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a broken folder makes it raise
-        raise FormatError(
-            f"`datasets` cannot load it: {clean(error, 200)}", "dataset", file=clean(text)
-        ) from None
-    dataset = _one_split(found, text)
-    return Table(text, "datasets", Arrow(dataset), path, f"datasets:{dataset._fingerprint}")
-
-
-def _hub(repo: str, revision: str | None, offline: bool) -> Table:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from projaudit.hub import guarded_client
-    from projaudit.hub.failures import not_cached, refusal
-
-    datasets = _library()
-    name = repo if revision is None else f"{repo}@{revision}"
-    local = datasets.DownloadConfig(local_files_only=offline)
-    with guarded_client():
-        try:
-            if not offline:
-                revision = HfApi().dataset_info(repo, revision=revision).sha
-                name = f"{repo}@{revision}"
-            found = datasets.load_dataset(repo, revision=revision, download_config=local)
-        except HfHubHTTPError as error:
-            raise refusal(error.response, name, HfApi().endpoint, None, file=False) from None
-        except Exception as error:  # whatever a repository or a broken line makes it raise
-            if offline:
-                raise not_cached(clean(name)) from None
-            raise FormatError(
-                f"`datasets` cannot load it: {clean(error, 200)}", "dataset", file=clean(name)
-            ) from None
-    dataset = _one_split(found, name)
-    return Table(name, "datasets", Arrow(dataset), None, f"datasets:{dataset._fingerprint}")
-
-
-def _one_split(found: Any, text: str) -> Any:
-    if not isinstance(found, dict):
-        return found
-    if SPLIT not in found and len(found) != 1:
-        splits = ", ".join(clean(name, 40) for name in itertools.islice(found, 8))
-        raise UsageError(f"has no split {SPLIT}, but {splits}", "dataset", file=clean(text))
-    return found[SPLIT] if SPLIT in found else next(iter(found.values()))
-
-
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UnsupportedError(
-            "`datasets` is not installed", "extra", remedy="pip install 'projaudit[screen]'"
-        ) from None
-    datasets.disable_progress_bars()
-    return datasets

@@ -88,6 +88,7 @@ class Worker:
             opened(job.place(job.model), adapter=adapter, device=device, offline=job.offline)
         )
         self._layers: list[int] = []
+        self._decoder_layers = int(self.loaded.model.config.get_text_config().num_hidden_layers)
 
     def __enter__(self) -> Worker:
         return self
@@ -107,6 +108,9 @@ class Worker:
             **job.about,
             "dataset_digest": self._dataset.digest,
             "layer_numbers": self._layers,
+            "layers_left_out": max(0, self._decoder_layers - len(self._layers))
+            if self._layers
+            else 0,
             "later_answers": sum(row.sample.later_answers > 0 for row in rows),
         }
         return _stacked(rows, about)
