@@ -35,6 +35,7 @@ from benchmarks.folds import (  # noqa: E402
     text_attacks,
     threshold,
 )
+from benchmarks.own_world import OWN, above, asked_twice, table  # noqa: E402
 from projaudit.calibration import shipped, to_json  # noqa: E402
 
 PROGRESS = ROOT / "benchmarks" / "population" / "progress"
@@ -136,6 +137,20 @@ def measured() -> Sequence[Model]:
 def test_the_document_states_what_was_measured():
     told = (ROOT / "docs" / "evidence.md").read_text("utf-8")
     assert "\n".join(report(measured())) in told
+
+
+def test_the_document_states_what_own_images_add():
+    pairs = asked_twice(PROGRESS, RESULTS / "evidence.parquet", OWN)
+    told = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    assert len(pairs) == 110
+    assert {own.images for _, own in pairs} == {"given"}
+    assert table(pairs) in told
+
+
+def test_what_is_above_every_honest_model_of_the_other_bases_is_found():
+    of = [model("a", "one"), model("b", "two"), model("c", "two", "patch")]
+    assert above({"a": 1.0, "b": 9.0, "c": 1.5}, of[2], of)  # one of its own base is louder
+    assert not above({"a": 2.0, "b": 0.0, "c": 1.5}, of[2], of)
 
 
 def test_the_shipped_calibration_is_made_of_what_was_measured():

@@ -247,7 +247,8 @@ def pictures(maps: Sequence[HeatMap]) -> list[tuple[str, str, str]]:
 def looked(screened: Screened) -> Iterator[str]:
     """What the verdict rests on."""
     seen = screened.samples - screened.fates.get("unread", 0)
-    yield f"{plural(seen, 'sample')} of {screened.samples}, by {METHODS[screened.method]}"
+    every = plural(screened.samples, "sample")
+    yield f"{every}, {seen} of them read, by {METHODS[screened.method]}"
 
 
 def not_looked(screened: Screened) -> Iterator[str]:
