@@ -18,7 +18,7 @@ from projaudit.explain import Explanation, explain
 from projaudit.inert import clean
 from projaudit.listening import Wish, depth_of, heard, left_out, standing, wish
 from projaudit.mmproj import as_converted, as_stored
-from projaudit.opened import found_in, open_bases, open_target
+from projaudit.opened import around, found_in, open_bases, open_target
 from projaudit.policy import load_policy
 from projaudit.report import Coverage, Report
 from projaudit.reporting import Audit, report_of
@@ -169,10 +169,11 @@ def _audit(
         source = session.source(target_ref)
         target, adapter = open_target(session, source, base_refs, pins)
         found = found_in(target)
-        fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
-        target = noted(settled(target, found), fitted)
+        target = settled(target, found)
     depth, not_probed = depth_of(wanted.depth, target, device)
     bases, without_base = open_bases(session, target, base_refs, pins, required=depth == "weights")
+    fitted = None if adapter is None else fit(adapter, found[0][1], around(found[0], bases))
+    target = noted(target, fitted)
     target, sides = sides_of(session, target, found, fitted, bases)
     measured = Measured()
     coverages = []

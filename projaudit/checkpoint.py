@@ -13,7 +13,8 @@ from projaudit.errors import LimitError, NothingError, UnsupportedError
 from projaudit.gguf_header import MAGIC, architecture
 from projaudit.gguf_values import QUANTISED, dequantised, spacing
 from projaudit.inert import clean
-from projaudit.quantised import Packed, dequantise
+from projaudit.quantised_layouts import Packed
+from projaudit.quantised_values import dequantise
 from projaudit.readings import Reading, Readings
 from projaudit.safetensors_header import Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer

@@ -167,6 +167,17 @@ def _others(reading: Reading, target: Checkpoint) -> tuple[Projector, ...]:
         raise
 
 
+def around(found: Found, bases: Sequence[Base]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model with the projectors found: where these are all there is, its base's.
+
+    As of LLaVA's mm_projector.bin, beside which an adapter changes layers of the base.
+    """
+    shapes = found[0].shapes
+    if bases and {name for p in found[1] for name in p.tensors}.issuperset(shapes):
+        return {**bases[0].checkpoint.readings[0].shapes, **shapes}
+    return shapes
+
+
 def is_pickled(reading: Reading) -> bool:
     """Whether a reading is of a pickle beside the weights."""
     return reading.label.startswith("pickle-beside")

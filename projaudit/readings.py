@@ -12,7 +12,8 @@ from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.gguf_header import read_gguf_header
 from projaudit.inert import clean
 from projaudit.mmproj import added, projector_types
-from projaudit.quantised import Packed, find
+from projaudit.quantised import find
+from projaudit.quantised_layouts import Packed
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
 from projaudit.torch_zip import BELOW, MAGIC, read_torch_zip

@@ -23,7 +23,7 @@ from projaudit.opened import (
 )
 from projaudit.peft_config import Adapter
 from projaudit.projector import Projector
-from projaudit.quantised import rewrites
+from projaudit.quantised_config import rewrites
 from projaudit.readings import Reading, parameter, place_of
 from projaudit.session import Session
 from projaudit.source import Source

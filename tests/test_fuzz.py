@@ -23,7 +23,8 @@ from projaudit.adapters import fit
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
 from projaudit.peft_config import read_adapter
 from projaudit.projector import locate
-from projaudit.quantised import find, rewrites
+from projaudit.quantised import find
+from projaudit.quantised_config import rewrites
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import Ref, RepoFile, Traffic
 from projaudit.weight_files import read_config, ways_to_read

@@ -27,7 +27,7 @@ LAYERS = [
         "recipe",
     ],
     ["torch_zip"],
-    ["peft_config"],
+    ["peft_config", "quantised_config", "quantised_layouts", "quantised_values"],
     ["peft_methods"],
     ["hub", "weight_files", "projector", "module", "policy", "quantised", "gguf_values"],
     ["remote", "mmproj", "clip_keys", "readings", "explain"],

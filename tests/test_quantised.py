@@ -19,7 +19,9 @@ import projaudit
 from projaudit.checkpoint import Weight, load_weights, open_checkpoint
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.findings import Verdict
-from projaudit.quantised import find, rewrites, unpack
+from projaudit.quantised import find
+from projaudit.quantised_config import rewrites
+from projaudit.quantised_values import unpack
 from projaudit.safetensors_header import DTYPE_BITS, TensorInfo
 from projaudit.source import open_local, parse_ref
 from projaudit.update import rounding

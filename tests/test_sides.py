@@ -238,6 +238,28 @@ def test_a_llava_lora_is_audited_by_the_projector_beside_it(
     assert parts["language model"].how == "2 tensors of the adapter change it"
 
 
+def test_a_projector_file_beside_a_lora_is_the_one_that_is_audited(tmp_path: Path) -> None:
+    """LLaVA lays mm_projector.bin over a base, and the adapter of the language model on that."""
+    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    folder = llava_lora(tmp_path / "lora")
+    trained = original({n: t for n, t in TUNED.items() if P in n})
+    torch.save(trained, folder / "mm_projector.bin")
+    (folder / "non_lora_trainables.bin").unlink()
+    report = audit(folder, base)
+    (found,) = report.projectors
+    assert found.reading == "main: mm_projector.bin, the only weights"
+    twin = audit(save(tmp_path / "twin", original(TUNED), config=ORIGINAL), base)
+    ours, theirs = (
+        {(m.metric, m.subject): m.value for m in r.measurements if "projector" in m.subject}
+        for r in (report, twin)
+    )
+    both = ours.keys() & theirs.keys()
+    assert len(both) > 60
+    assert {k: ours[k] for k in both} == pytest.approx({k: theirs[k] for k in both})
+    assert "it changes nothing in the projector" in told(report, "ambiguous-sources")
+    assert report.verdict is not Verdict.PASS  # two files, of which loaders take one or both
+
+
 def test_a_llava_lora_that_is_fed_otherwise_than_its_base_is_told(tmp_path: Path) -> None:
     base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
     other = {**ORIGINAL, "mm_vision_select_layer": -1}

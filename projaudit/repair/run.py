@@ -18,7 +18,7 @@ from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Mended, from_plain
 from projaudit.listening import models_differ, teller, wish
-from projaudit.opened import found_in, open_bases, open_target
+from projaudit.opened import around, found_in, open_bases, open_target
 from projaudit.repair.files import (
     MODEL,
     PROJECTOR,
@@ -148,8 +148,8 @@ def _sides(
     source = session.source(ref)
     checkpoint, adapter = open_target(session, source, bases, {})
     found = found_in(checkpoint)
-    fitted = None if adapter is None else fit(adapter, found[0][1], found[0][0].shapes)
     opened, _ = open_bases(session, checkpoint, bases, {}, required=True)
+    fitted = None if adapter is None else fit(adapter, found[0][1], around(found[0], opened))
     if len(opened) > 1:
         raise BaseError(
             f"names {len(opened)} bases, and a repair needs one",
