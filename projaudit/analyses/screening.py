@@ -13,6 +13,8 @@ def samples_to_drop(screened: Screened) -> Value:
     """Number of samples that the method says to drop"""
     texts = [text for text in screened.texts if text.confirmed]
     names = tuple(f"{text.samples} end with “{text.text}”" for text in texts)
+    groups = [group for group in screened.groups if group.fate == "drop"] if not texts else []
+    names += tuple(f"{g.samples} lie apart and say what no other says" for g in groups)
     return Value(float(screened.fates.get("drop", 0)), names or _subjects(screened, "drop"))
 
 
