@@ -79,12 +79,13 @@ def chosen(bases: Sequence[str], models: int) -> list[dict[str, Any]]:
 
 
 def measure(out: Path, bases: Sequence[str], models: int, jobs: int) -> None:
-    """One line for every part of every chosen run that the log lacks, run by run."""
+    """One line for every part of every chosen run that the log lacks; clean images come last."""
     done = {(row["name"], row["part"]) for row in read_runs(out / LOG)}
     calls = [
         (run["name"], run["base"], part, out)
+        for parts in (PARTS[:3], PARTS[3:])
         for run in chosen(bases, models)
-        for part in PARTS
+        for part in parts
         if (run["name"], part) not in done
     ]
     for row in in_parallel(measured, calls, jobs):

@@ -32,7 +32,7 @@ MARGIN = 1
 """Amounts from the mildest silent one to the one that is taken, of a correction."""
 PROMPTS = 2
 """Prompts that each ordinary image is asked about a candidate."""
-RANK, DAMPING = 64, 0.01
+RANK, DAMPING = 64, 0.1
 STRENGTHS = tuple(10 ** (step / 4) for step in range(-12, 7))
 """Of a correction, mildest first: 0.001 … 32."""
 DIRECTIONS, TOPS, SHARES = (1, 2, 3, 4, 6, 8), (1, 2, 3, 5, 8), (0.75, 0.5, 0.25)
