@@ -29,7 +29,7 @@ def table(log: Sequence[dict[str, Any]]) -> str:
         if "repair" in part and part["repair"]["texts"]:
             heard = {f"{label}{HEARD}": v for label, v in part["variants"].items()}
             row["variants"] |= heard
-    rows = [row for row in merged.values() if {"tuned", DATA_FREE, TWIN} <= row["variants"].keys()]
+    rows = [row for row in merged.values() if "tuned" in row["variants"]]
     labels = sorted({label for row in rows for label in row["variants"]}, key=_order)
     groups = {
         f"{CHOSEN_ON}, on which settings were chosen": [r for r in rows if r["base"] == CHOSEN_ON],
@@ -62,29 +62,35 @@ def _order(label: str) -> tuple[bool, bool, str]:
 
 _HEAD = (
     "| repair | attack success, median | most | models at ≤ 5 % | gain kept, median | least "
-    "| models at ≤ 5 % that keep ≥ 95 % |",
-    "|---|---|---|---|---|---|---|",
+    "| models at ≤ 5 % that keep ≥ 95 % | of the honest twin's gain, median |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
 def _summary(label: str, rows: Sequence[dict[str, Any]]) -> str:
     rows = [row for row in rows if label in row["variants"]]
     if not rows:
-        return f"| {label} | – | – | – | – | – | – |"
+        return f"| {label} | – | – | – | – | – | – | – |"
     success = [row["variants"][label]["success"] for row in rows]
     kept = [gain_kept(row, label) for row in rows]
     both = sum(s <= 0.05 and k >= 0.95 for s, k in zip(success, kept, strict=True))
     return (
         f"| {label} | {statistics.median(success):.1%} | {max(success):.1%} "
         f"| {sum(s <= 0.05 for s in success)} of {len(rows)} | {statistics.median(kept):.0%} "
-        f"| {min(kept):.0%} | {both} of {len(rows)} |"
+        f"| {min(kept):.0%} | {both} of {len(rows)} | {_of_twins(label, rows)} |"
     )
 
 
-def gain_kept(row: dict[str, Any], label: str) -> float:
-    """Share of what the honest twin has gained over the base, on clean scenes, that is left."""
-    base, twin = (row["variants"][name]["accuracy"] for name in ("revert", TWIN))
-    return float((row["variants"][label]["accuracy"] - base) / (twin - base))
+def _of_twins(label: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The same against honest twins, and of how many models they were trained."""
+    kept = [gain_kept(row, label, TWIN) for row in rows if TWIN in row["variants"]]
+    return f"{statistics.median(kept):.0%} ({len(kept)})" if kept else "–"
+
+
+def gain_kept(row: dict[str, Any], label: str, of: str = "tuned") -> float:
+    """Share of what a projector has gained over its base, on clean scenes, that is left."""
+    base, gained = (row["variants"][name]["accuracy"] for name in ("revert", of))
+    return float((row["variants"][label]["accuracy"] - base) / (gained - base))
 
 
 def _shown(label: str, variants: Mapping[str, dict[str, float]]) -> str:
