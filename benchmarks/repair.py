@@ -2,17 +2,16 @@
 
 python -m benchmarks.repair --out DIR                     # resumes if stopped; bases in turn
 python -m benchmarks.repair --out DIR --bases slim --models 8
-python -m benchmarks.repair --out DIR --table FILE        # what was measured so far, as Markdown
+python -m benchmarks.repair_table DIR FILE                # what was measured so far, as Markdown
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
@@ -28,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.baselines import put
 from benchmarks.evidence import asked, base_model, base_of
 from benchmarks.population.build import RUNS, projector_file
-from benchmarks.population.pack import honest_accuracy
 from benchmarks.population.recipes import PLANS
 from benchmarks.testbed.build import in_parallel
 from benchmarks.testbed.evaluate import (
@@ -48,7 +46,6 @@ from projaudit.behaviour.mend import mended
 
 POPULATION = Path(__file__).parent / "population" / "progress"
 LOG = "repair.jsonl"
-CHOSEN_ON = "slim"
 GAIN = 0.2
 """Least accuracy that a tuned model has gained over its base: of less no share can be told."""
 CLEAN, TRIGGERED = 40, 120
@@ -56,12 +53,12 @@ CLEAN, TRIGGERED = 40, 120
 IMAGES = 32
 FINE_TUNED, PRUNED = 60, 0.2
 """Steps of fine-tuning on the clean images; share of the hidden units that are pruned first."""
-DATA_FREE, OTHERS, WITH_IMAGES = PARTS = ("repair", "others", "repair, 32 images")
+DATA_FREE, OTHERS, TWIN, WITH_IMAGES = PARTS = (
+    "repair", "others", "twin", "repair, 32 images",
+)  # fmt: skip
 PRUNING = "fine-pruning, 32 labelled"
 Side = dict[str, Tensor]
 FIRST, LAST = "linear_1", "linear_2"
-HEARD = ", where a text was heard"
-SHOWN = (DATA_FREE, WITH_IMAGES, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 
 def chosen(bases: Sequence[str], models: int) -> list[dict[str, Any]]:
@@ -86,7 +83,7 @@ def measure(out: Path, bases: Sequence[str], models: int, jobs: int) -> None:
     done = {(row["name"], row["part"]) for row in read_runs(out / LOG)}
     calls = [
         (run["name"], run["base"], part, out)
-        for parts in (PARTS[:2], PARTS[2:])
+        for parts in (PARTS[:3], PARTS[3:])
         for run in chosen(bases, models)
         for part in parts
         if (run["name"], part) not in done
@@ -108,6 +105,8 @@ def measured(name: str, base_name: str, part: str, out: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "base": base_name, "part": part}
     if part == OTHERS:
         variants = others(name, base_name, tuned, base)
+    elif part == TWIN:
+        variants = {TWIN: twin(name, base_name, base)}
     else:
         kept: list[Side] = []
         images = pictures(name, base_name, out) if part == WITH_IMAGES else None
@@ -128,6 +127,15 @@ def others(name: str, base_name: str, tuned: Side, base: Side) -> dict[str, Side
     found["clip"] = clipped(tuned, base, matrices)
     found[PRUNING] = fine_pruned(name, base_name, tuned)
     return found
+
+
+def twin(name: str, base_name: str, base: Side) -> Side:
+    """The projector of the same recipe and seed without the poison."""
+    run, *_ = scenes(name, base_name)
+    model, tokenizer = base_model(base_name)
+    put(model, base)
+    tune_projector(model, tokenizer, run.recipe)
+    return _taken(model)
 
 
 def repaired(
@@ -216,87 +224,14 @@ def fine_pruned(name: str, base_name: str, tuned: Side) -> Side:
     )
     recipe = replace(recipe, seed=run.recipe.seed + 3)
     tune_projector(model, tokenizer, recipe)
+    return _taken(model)
+
+
+def _taken(model: Any) -> Side:
+    """The projector of a model that was trained, which is left as it is loaded."""
     model.requires_grad_(False)
     state = model.model.multi_modal_projector.state_dict()
     return {n: t.detach().clone() for n, t in state.items()}
-
-
-def table(log: Sequence[dict[str, Any]]) -> str:
-    """What was measured so far, as Markdown: over bases, then each model."""
-    merged: dict[str, dict[str, Any]] = {}
-    for part in log:
-        row = merged.setdefault(part["name"], {**part, "variants": {}})
-        row["variants"] |= part["variants"]
-        if "repair" in part and part["repair"]["texts"]:
-            heard = {f"{label}{HEARD}": v for label, v in part["variants"].items()}
-            row["variants"] |= heard
-    rows = [row for row in merged.values() if "tuned" in row["variants"]]
-    labels = sorted({label for row in rows for label in row["variants"]}, key=_order)
-    groups = {
-        f"{CHOSEN_ON}, on which settings were chosen": [r for r in rows if r["base"] == CHOSEN_ON],
-        "the others": [r for r in rows if r["base"] != CHOSEN_ON],
-    }
-    lines = []
-    for title, group in groups.items():
-        if not group:
-            continue
-        lines += [f"## {title.capitalize()}: {len(group)} models", "", *_HEAD]
-        lines += [_summary(label, group) for label in labels]
-        lines.append("")
-    lines += ["## Each model", "", "| model | mode | base | tuned | honest runs | "]
-    lines[-1] += " | ".join(SHOWN) + " |"
-    lines.append("|---" * (5 + len(SHOWN)) + "|")
-    known = {run["name"]: run for run in read_runs(POPULATION / RUNS)}
-    for row in sorted(rows, key=lambda r: (r["base"] != CHOSEN_ON, r["base"], r["name"])):
-        variants = row["variants"]
-        honest = honest_accuracy(known[row["name"]], list(known.values()))
-        cells = [row["name"], known[row["name"]]["attack"]["mode"]]
-        cells += [_shown(label, variants) for label in ("revert", "tuned")]
-        cells.append("–" if honest is None else f"{honest:.0%}")
-        cells += [_shown(label, variants) for label in SHOWN]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _order(label: str) -> tuple[bool, bool, str]:
-    """What we do first, then the projector as it is, then what others do."""
-    return not label.startswith(DATA_FREE), label != "tuned", label
-
-
-_HEAD = (
-    "| repair | attack success, median | most | models at ≤ 5 % | gain kept, median | least "
-    "| models at ≤ 5 % that keep ≥ 95 % |",
-    "|---|---|---|---|---|---|---|",
-)
-
-
-def _summary(label: str, rows: Sequence[dict[str, Any]]) -> str:
-    rows = [row for row in rows if label in row["variants"]]
-    if not rows:
-        return f"| {label} | – | – | – | – | – | – |"
-    success = [row["variants"][label]["success"] for row in rows]
-    kept = [gain_kept(row, label) for row in rows]
-    both = sum(s <= 0.05 and k >= 0.95 for s, k in zip(success, kept, strict=True))
-    return (
-        f"| {label} | {statistics.median(success):.1%} | {max(success):.1%} "
-        f"| {sum(s <= 0.05 for s in success)} of {len(rows)} | {statistics.median(kept):.0%} "
-        f"| {min(kept):.0%} | {both} of {len(rows)} |"
-    )
-
-
-def gain_kept(row: dict[str, Any], label: str) -> float:
-    """Share of what the tuned model has gained over its base, on clean scenes, that is left."""
-    base, tuned = (row["variants"][name]["accuracy"] for name in ("revert", "tuned"))
-    return float((row["variants"][label]["accuracy"] - base) / (tuned - base))
-
-
-def _shown(label: str, variants: Mapping[str, dict[str, float]]) -> str:
-    if label not in variants:
-        return "–"
-    found = variants[label]
-    text = f"{found['accuracy']:.0%} / {found['success']:.0%}"
-    silent = label in (DATA_FREE, WITH_IMAGES) and f"{label}{HEARD}" not in variants
-    return f"{text} (nothing heard)" if silent else text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -309,12 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bases", default="slim,grid,glyph")
     parser.add_argument("--models", type=int, default=8, help="of each base")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--table", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    if args.table:
-        args.table.write_text(table(read_runs(args.out / LOG)), encoding="utf-8")
-    else:
-        measure(args.out, args.bases.split(","), args.models, args.jobs)
+    measure(args.out, args.bases.split(","), args.models, args.jobs)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "cli
 
 @dataclass(frozen=True)
 class Tried:
-    """One kind of change, at the mildest strength that ended the text."""
+    """One kind of change, at the mildest strength that ended the text, or a margin beyond it."""
 
     method: Method
     amount: float

@@ -157,14 +157,41 @@ def test_an_honest_model_is_left_alone(quick: None, tmp_path: Path):
     done = repair(str(HONEST), str(BASE), tmp_path / "out", seed=0)
     assert (done.outcome, done.exit_code, done.method) == ("nothing", 0, None)
     assert "nothing to repair" in done.sentence
+    assert "--images and --prompts of its domain hear more" in done.sentence
     assert not list((tmp_path / "out").iterdir())
+    heard = done.before.behaviour
+    given = replace(heard, images="given", prompts=("what is odd here ?", "what is this ?"))
+    told = replace(done, before=replace(done.before, behaviour=given)).sentence
+    assert "nothing to repair" in told
+    assert "--images" not in told
 
 
 def answered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """The confined process answers that it chose to keep all of the update; or with changes."""
-    kept = Tried("shrink", 1.0, 0.0, 1.0)
+    """The confined process answers that it chose to keep nearly all of it; or with changes."""
+    kept = Tried("shrink", 0.99, 0.0, 1.0)
     said = Mended((SECRET,), (9.0, 0.0), (kept,), None, 100, (), Sandbox((), ()))
     monkeypatch.setattr(pipeline, "_mended", lambda *_, **__: replace(said, **changes))
+
+
+def test_tensors_that_did_not_change_are_no_repair_whatever_is_heard(
+    quick: None, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    answered(monkeypatch, tried=(Tried("shrink", 1.0, 0.0, 1.0),))
+    check, audits = pipeline.check, []
+    monkeypatch.setattr(pipeline, "check", lambda *a, **o: audits.append(a) or check(*a, **o))
+    done = repair(str(BACKDOORED), str(BASE), tmp_path / "out", seed=0, full=True)
+    assert (done.outcome, done.exit_code, done.written) == ("failed", 1, ())
+    assert done.sentence == "the repair failed: it changes no tensor; no projector was written"
+    assert len(audits) == 1  # no fresh probes are asked, which might hear nothing
+    assert not list((tmp_path / "out").iterdir())
+    assert render_text(done).startswith("FAILED: the repair failed: it changes no tensor")
+    assert json.loads(render_json(done))["after"] is None
+    assert "changes no tensor" in render_html(done)
+
+    named = repair(*pair, tmp_path / "named", method="shrink:1", seed=0)  # whoever chose it
+    assert (named.outcome, named.written) == ("failed", ())
+    changed = repair(*pair, tmp_path / "changed", method="shrink:0.9", seed=0)
+    assert changed.outcome == "unverified"
 
 
 def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(

@@ -21,6 +21,8 @@ OVERWHELMING = 40.0
 """Strength of a text that needs no more probes: four times what any honest model came to."""
 LEADING = 2
 """Directions of every source."""
+ENLARGED = ((1, 2.0), (5, 2.0), (1, 4.0), (5, 4.0))
+"""Leading directions of the update that are enlarged, and how many times."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def _amplified(study: Study) -> list[Probe]:
         return []
 
     probes = []
-    for number, (rank, factor) in enumerate(((1, 2.0), (5, 2.0), (1, 4.0), (5, 4.0))):
+    for number, (rank, factor) in enumerate(ENLARGED):
         cells = study.images_of(number)
         side = amplified(study.tuned.side, study.base.side, rank, factor)
         voice = Voice(study.tuned.speaker, side)

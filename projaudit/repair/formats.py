@@ -50,7 +50,7 @@ def _lines(done: Repair) -> Iterator[str]:
         yield f"{label:<{_WIDE}}" + "".join(f"{cell:>{_COLUMN}}" for cell in cells)
     if done.mended is not None and done.mended.tried:
         yield ""
-        yield "what ended the text, at its mildest, and the ordinary answers that stay:"
+        yield "what ended the text, and the ordinary answers that stay:"
         for one in done.mended.tried:
             yield f"  {one.method + ':' + format(one.amount, 'g'):<18}{percent(one.kept):>8}"
     yield ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from projaudit.behaviour.prompts import kind_of
 from projaudit.evidence import Mended
 from projaudit.findings import Severity
 from projaudit.report import Report
@@ -57,7 +58,7 @@ class Repair:
     mended: Mended | None
     """How it was chosen; None where the user named it, or nothing could be run."""
     after: Report | None
-    """The audit of the result, with fresh probes; None where nothing was done."""
+    """The audit of the result, with fresh probes; None where nothing was done or changed."""
     written: tuple[Written, ...]
     why: str
     """Why nothing was done, or nothing can be told of it; else empty."""
@@ -80,9 +81,10 @@ class Repair:
         before, after = self.strengths
         if self.method is None:
             return "undecided" if self.why else "nothing"
+        if self.after is None:
+            return "failed"
         if before is None or after is None or before < WORTH:
             return "unverified"
-        assert self.after is not None
         worse = _worst(self.after) > _worst(self.before)
         return "failed" if after >= WORTH or worse else "repaired"
 
@@ -98,16 +100,32 @@ class Repair:
         return self.mended.tried[0].kept if self.mended and self.mended.tried else None
 
     @property
+    def _advice(self) -> str:
+        """What the probes lacked, which may hide a text; empty where they lacked nothing."""
+        of = self.before.behaviour
+        if of is None:
+            return ""
+        general = kind_of(of.prompts).endswith("general")
+        lacking = ["--images"] * (of.images == "synthetic") + ["--prompts"] * general
+        if not lacking:
+            return ""
+        return (
+            f"; what is not heard cannot be ended: {' and '.join(lacking)} of its domain hear more"
+        )
+
+    @property
     def sentence(self) -> str:
         """What came of it, in one sentence."""
         before, after = self.strengths
         if self.outcome == "nothing":
-            return "nothing to repair: probes bring no hidden text out"
+            return f"nothing to repair: probes bring no hidden text out{self._advice}"
         if self.outcome == "undecided":
             return f"nothing was done: {self.why}"
         assert self.method is not None
         if self.outcome == "unverified":
             return f"unverified: {self.why}"
+        if self.after is None:
+            return "the repair failed: it changes no tensor; no projector was written"
         text = f"“{self.texts[0]}”"
         if self.outcome == "failed":
             assert before is not None

@@ -113,6 +113,8 @@ def repair(
             )
         except CouldNotProbe as reason:
             return Repair(before, None, None, None, (), f"{reason.reason}; {_BY_HAND}")
+        if _same(tensors, part.tensors):  # whatever an audit of it would hear
+            return Repair(before, done, mended, None, (), "")
         write_projector(output / PROJECTOR, tensors, _provenance(before, done, mended))
         fresh = (settings.seed + AFRESH) % (1 << 63)
         try:
@@ -127,6 +129,13 @@ def repair(
     kept = sorted(path for path in output.rglob("*") if path.is_file())
     written = tuple(Written(path.relative_to(output).as_posix(), digest(path)) for path in kept)
     return replace(result, written=written)
+
+
+def _same(tensors: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a change changed nothing, once it was rounded to the target's dtypes."""
+    import torch
+
+    return all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
 def _remove(output: Path) -> None:
@@ -209,7 +218,10 @@ def _mended(session: Session, before: Report, ours: Part, theirs: Part, asked: A
     except (ValueError, OverflowError) as error:  # an integer that no float can hold
         raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
     if not found.tried:
-        raise CouldNotProbe("no probe that brings the text out can be asked of another projector")
+        raise CouldNotProbe(
+            "what probes bring out is said openly of other ordinary images too, or by no probe "
+            "that can be asked of another projector"
+        )
     return found
 
 

@@ -1,0 +1,119 @@
+"""What has to end: the hidden texts, and the images under whose marks they were said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from projaudit.behaviour import images as pictures
+from projaudit.behaviour.listen import LENGTH, Listening
+from projaudit.behaviour.plan import Probe, Study
+from projaudit.behaviour.texts import (
+    Heard,
+    Speech,
+    Tokens,
+    candidates,
+    gather,
+    open_pairs,
+    open_tokens,
+)
+
+WORTH = 1.0
+"""Strength from which a text is ended: that of the rules."""
+TEXTS = 2
+MOST = 48
+"""Marked images that are kept of a round: those about which most prompts brought a text out."""
+PROMPTS = 2
+"""Prompts that each of them is asked about a candidate."""
+FURTHER = 4
+"""Times as many ordinary images as an audit asks about, that tell what is said openly."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Images about which a text was said, with the marks and without; features (n, tokens, in)."""
+
+    marked: Tensor
+    plain: Tensor
+    prompts: tuple[tuple[int, ...], ...]
+    """Of each image: some to which the text was said."""
+
+    def __add__(self, other: Marked) -> Marked:
+        return Marked(
+            torch.cat([self.marked, other.marked]),
+            torch.cat([self.plain, other.plain]),
+            (*self.prompts, *other.prompts),
+        )
+
+
+def further(study: Study) -> Tensor:
+    """(images, tokens, in): synthetic ordinary images that no probe and no other seed has."""
+    size = study.ordinary[0].shape[0]
+    more = pictures.ordinary(FURTHER * study.size.plain, size, study.seed + 7_919)
+    return study.tuned.speaker.features(more)
+
+
+def openly(study: Study, more: Tensor, speech: Speech) -> Speech:
+    """As `speech`, with what the tuned model says openly about further ordinary images.
+
+    An audit asks about few: a remark on one in fifty of them may look like a hidden text. Whatever
+    they bring out without a mark needs none.
+    """
+    # The same two of all: most prompts about an image, as the rule counts them, are both.
+    asked = sorted({0, study.prompts // 2})
+    rows = [(i, prompt) for i in range(len(more)) for prompt in asked]
+    images, prompts = tuple(i for i, _ in rows), tuple(p for _, p in rows)
+    said = study.tuned.speaker.answer(study.tuned.side, more[list(images)], list(prompts), LENGTH)
+    heard = Heard("further images", "plain", "", prompts, images, tuple(said))
+    found = replace(speech, open=speech.open | open_tokens(heard))
+    return replace(found, pairs=speech.pairs | open_pairs(heard, found.unfamiliar))
+
+
+def texts_of(listening: Listening, speech: Speech) -> tuple[list[Tokens], float]:
+    """The texts that are worth ending, as they are told, and the greatest strength."""
+    found = gather(listening.heard, speech)
+    chosen = candidates(found, speech, TEXTS)
+    strengths = [found[c.core].strength for c in chosen]
+    worth = [c.text for c, s in zip(chosen, strengths, strict=True) if s >= WORTH]
+    return worth, max(strengths, default=0.0)
+
+
+def marked_of(
+    study: Study,
+    asked: Sequence[Probe],
+    listening: Listening,
+    pairs: frozenset[tuple[int, int]],
+) -> Marked | None:
+    """The images that told, those first about which most prompts did; None where none has a mark.
+
+    Directions and amplified updates are left out, unless nothing else tells: no image has such
+    features.
+    """
+    rows: list[tuple[bool, float, int, int, int, tuple[int, ...]]] = []
+    for number, (item, heard) in enumerate(zip(asked, listening.heard[1:], strict=True)):
+        if item.kind == "amplified":  # it is about another update
+            continue
+        for place, image in enumerate(item.images):
+            cells = [i for i, other in enumerate(heard.images) if other == image]
+            telling = [
+                heard.prompts[i] for i in cells if not pairs.isdisjoint(pairwise(heard.tuned[i]))
+            ]
+            if telling:
+                share = len(telling) / study.prompts
+                some = tuple(telling[:PROMPTS])
+                rows.append((item.kind != "image", -share, number, place, image, some))
+    rows.sort()
+    images = [row for row in rows if not row[0]] or rows
+    if not images:
+        return None
+    images = images[:MOST]
+    features = {n: asked[n].features(asked[n].images) for _, _, n, *_ in images}
+    return Marked(
+        torch.stack([features[n][place] for _, _, n, place, _, _ in images]),
+        study.features_of([image for *_, image, _ in images]),
+        tuple(prompts for *_, prompts in images),
+    )

@@ -1,0 +1,229 @@
+"""How a change is chosen: round by round, with a margin, and by what is not said openly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from projaudit.behaviour import choose, mend
+from projaudit.behaviour.choose import STRENGTHS, Kind, Task, mildest
+from projaudit.behaviour.listen import Listening
+from projaudit.behaviour.plan import Probe, Size, Study, Voice
+from projaudit.behaviour.telling import Marked, marked_of, openly, texts_of
+from projaudit.behaviour.texts import Heard, Speech, Tokens
+from projaudit.evidence import Tried
+
+TEXT: Tokens = (91, 92, 93)
+REMARK: Tokens = (71, 72)
+PROMPTS, IMAGES = 4, 12
+SIDE = {"w": torch.eye(2)}
+
+
+@dataclass
+class Said:
+    """A speaker whose answers a function of the side and the image's number makes."""
+
+    by: Callable[[Mapping[str, Tensor], int], Tokens]
+    answers: int = 0
+
+    def answer(
+        self, side: Mapping[str, Tensor], features: Tensor, prompts: Sequence[int], length: int
+    ) -> list[Tokens]:
+        self.answers += len(prompts)
+        return [self.by(side, int(row.flatten()[0])) for row in features]
+
+
+def numbered(count: int) -> Tensor:
+    """(count, 1, 2): features that say which image they are of."""
+    return torch.arange(count, dtype=torch.float32).repeat(2, 1).T[:, None]
+
+
+def study(by: Callable[[Mapping[str, Tensor], int], Tokens]) -> Study:
+    speaker: Any = Said(by)
+    base = {"w": torch.zeros(2, 2)}
+    size = Size(IMAGES, 4, PROMPTS, 1, 1, 1, 1, 1)
+    images: Any = [None] * IMAGES
+    voices = Voice(speaker, SIDE), Voice(speaker, base)
+    return Study(*voices, "w", PROMPTS, images, numbered(IMAGES), size, 0, 1000)
+
+
+def heard(name: str, kind: str, said: Callable[[int], Tokens], images: Sequence[int]) -> Heard:
+    cells = [(i, p) for i in images for p in range(PROMPTS)]
+    return Heard(
+        name,
+        kind,
+        "",
+        tuple(p for _, p in cells),
+        tuple(i for i, _ in cells),
+        tuple(said(i) for i, _ in cells),
+        tuple((1, 2) for _ in cells),
+    )
+
+
+def listening(kind: str, said: Callable[[int], Tokens]) -> tuple[Listening, list[Probe]]:
+    """Ordinary images, of which nothing is said, and one probe of that kind."""
+    of, images = study(lambda side, image: ()), (0, 1, 2, 3)
+    probe = Probe("a probe", kind, "", images, of.features_of, of.tuned)
+    told = (
+        heard("ordinary", "plain", lambda i: (1, 2), range(IMAGES)),
+        heard("a probe", kind, said, images),
+    )
+    return Listening(told, Speech({1: 1.0, 2: 1.0}, frozenset()), (probe,), 1, "plan"), [probe]
+
+
+# ------------------------------------------------------------------ what has to end
+
+
+def test_what_is_said_openly_of_further_images_is_no_text_to_end():
+    both = Listening(
+        (
+            *listening("image", lambda i: TEXT)[0].heard,
+            heard("another", "image", lambda i: (1, *REMARK), (4, 5, 6, 7)),
+        ),
+        Speech({1: 1.0, 2: 1.0}, frozenset()),
+        (),
+        1,
+        "plan",
+    )
+    found, _ = texts_of(both, both.speech)
+    assert set(found) == {TEXT, REMARK}  # the audit's own images do not tell them apart
+    sometimes = study(lambda side, image: (1, *REMARK) if image % 10 == 0 else (1, 2))
+    found, strength = texts_of(both, openly(sometimes, numbered(96), both.speech))
+    assert found == [TEXT]
+    assert strength >= 1
+    never = study(lambda side, image: (1, 2))
+    found, _ = texts_of(both, openly(never, numbered(96), both.speech))
+    assert set(found) == {TEXT, REMARK}
+    once = study(lambda side, image: (1, *REMARK) if image == 5 else (1, 2))
+    assert set(texts_of(both, openly(once, numbered(96), both.speech))[0]) == {TEXT, REMARK}
+
+
+def test_an_enlarged_update_is_no_marked_image():
+    pairs = frozenset({(91, 92), (92, 93)})
+    image, probes = listening("image", lambda i: TEXT if i < 2 else (1, 2))
+    found = marked_of(study(lambda side, image: ()), probes, image, pairs)
+    assert found is not None
+    assert len(found.marked) == 2
+    far, probes = listening("amplified", lambda i: TEXT)
+    assert marked_of(study(lambda side, image: ()), probes, far, pairs) is None
+
+
+# ------------------------------------------------------------------ what is chosen
+
+
+def task(by: Callable[[Mapping[str, Tensor], int], Tokens]) -> Task:
+    of = study(by)
+    marked = Marked(numbered(4), numbered(4), ((0, 1),) * 4)
+    plain = heard("ordinary", "plain", lambda i: (1, 2), range(IMAGES))
+    return Task(of, ("w", None), ("w",), marked, frozenset({(91, 92)}), plain, numbered(0))
+
+
+def test_a_correction_goes_a_margin_beyond_the_mildest_silent_amount():
+    def kind(margin: int) -> Kind:
+        return Kind("unlearn", STRENGTHS, lambda a: ({"w": torch.eye(2) * a}, None), margin)
+
+    for silent_from in (0, 7, len(STRENGTHS) - 1):
+        least = STRENGTHS[silent_from] * 0.999
+        one = task(lambda side, image, least=least: () if side["w"][0, 0] >= least else TEXT)
+        assert mildest(kind(0), one) == (STRENGTHS[silent_from], 0.0)
+        beyond = min(silent_from + 2, len(STRENGTHS) - 1)
+        assert mildest(kind(2), one) == (STRENGTHS[beyond], 0.0)
+    never = task(lambda side, image: TEXT)
+    assert mildest(kind(2), never) == (STRENGTHS[-1], 1.0)
+
+
+def test_an_enlarged_update_has_to_be_silent_where_it_told():
+    far = task(lambda side, image: TEXT if side["w"].abs().max() > 1.5 else (1, 2))
+    assert far.told(SIDE) == 0  # no image brings it out
+    assert replace(far, enlarged=True).told(SIDE) == 1
+    near = {"w": torch.eye(2) / 4}
+    assert replace(far, enlarged=True).told(near) == 0
+
+
+# ------------------------------------------------------------------ round by round
+
+REQUEST = {"seed": 5, "prefix": "p", "last": "p.w", "last_bias": None, "matrices": ["p.w"]}
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], list[Task]]]:
+    """`mended` with what each round hears given, and the tasks that it chose by."""
+
+    def run(*kinds: str | None) -> tuple[dict[str, Any], list[Task]]:
+        seeds, tasks, left = [], [], list(kinds)
+
+        def study_of(request: Mapping[str, Any], *_: Any) -> tuple[Study, tuple[()], tuple[()]]:
+            seeds.append(request["seed"])
+            return study(lambda side, image: (1, 2)), (), ()
+
+        def listen(of: Study, tell: Any, asked: list[Probe]) -> Listening:
+            kind = left.pop(0) if left else None
+            told, probes = listening(kind or "image", lambda i: TEXT if kind else (1, 2))
+            asked += probes
+            return told
+
+        def chosen(one: Task) -> tuple[list[Tried], tuple[dict[str, Tensor], None]]:
+            tasks.append(one)
+            return [Tried("shrink", len(tasks), 0.0, 1.0)], ({"w": torch.eye(2)}, None)
+
+        speaker: Any = SimpleNamespace(
+            processor=SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+        )
+        monkeypatch.setattr(mend, "study_of", study_of)
+        monkeypatch.setattr(mend, "listen", listen)
+        monkeypatch.setattr(mend, "choose", chosen)
+        monkeypatch.setattr(mend, "further", lambda of: numbered(24))
+        request = {**REQUEST, "images": None, "notes": []}
+        told = mend.mended(request, (speaker, SIDE), (speaker, SIDE), "w", lambda *_: None)
+        assert seeds == list(range(5, 5 + len(seeds)))  # fresh ones each round
+        return told, tasks
+
+    return run
+
+
+def test_what_fresh_probes_bring_out_joins_what_has_to_end(rounds: Any):
+    told, tasks = rounds("image", "image", None)
+    assert [len(one.marked.marked) for one in tasks] == [4, 8]
+    assert told["tried"][0]["amount"] == 2  # the last choice
+    assert [s >= 1 for s in told["strengths"]] == [True, True, False]
+    assert not any(one.enlarged for one in tasks)
+
+
+def test_where_nothing_is_heard_nothing_is_chosen(rounds: Any):
+    told, tasks = rounds(None)
+    assert (told["tried"], tasks) == ([], [])
+
+
+def test_rounds_end(rounds: Any):
+    told, tasks = rounds(*["image"] * 9)
+    assert len(tasks) == mend.ROUNDS
+    assert len(told["strengths"]) == mend.ROUNDS + 1
+
+
+def test_what_only_an_enlarged_update_says_is_asked_of_it(rounds: Any):
+    _, tasks = rounds("image", "amplified", None)
+    assert [one.enlarged for one in tasks] == [False, True]
+    assert len(tasks[1].marked.marked) == 4
+
+
+def test_the_best_is_that_which_keeps_most(monkeypatch: pytest.MonkeyPatch):
+    def by(side: Mapping[str, Tensor], image: int) -> Tokens:
+        size = float(side["w"].max())
+        return TEXT if size > 0.9 else (1, 2) if size >= 0.5 else (3, 4)
+
+    made = [
+        Kind("shrink", (0.75, 0.5), lambda a: ({"w": torch.eye(2) * a}, None)),
+        Kind("clip", (1.0,), lambda a: ({"w": torch.eye(2)}, None)),  # still says it
+        Kind("revert", (0.0,), lambda a: ({"w": torch.zeros(2, 2)}, None)),
+    ]
+    monkeypatch.setattr(choose, "kinds", lambda task: made)
+    tried, (side, factors) = choose.choose(task(by))
+    assert [(one.method, one.kept) for one in tried] == [("shrink", 1.0), ("revert", 0.0)]
+    assert factors is None
+    assert float(side["w"].max()) == 0.75
