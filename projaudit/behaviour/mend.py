@@ -18,12 +18,13 @@ from torch import Tensor
 from projaudit.behaviour.change import Correction
 from projaudit.behaviour.choose import Task, choose
 from projaudit.behaviour.listen import Tell, listen
-from projaudit.behaviour.loading import in_module, load
+from projaudit.behaviour.loading import load
+from projaudit.behaviour.places import in_module
 from projaudit.behaviour.plan import Probe
 from projaudit.behaviour.probe import study_of
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.telling import further, marked_of, openly, texts_of
-from projaudit.behaviour.texts import Speech, Tokens, whole
+from projaudit.behaviour.texts import Speech, whole
 from projaudit.evidence import Tried
 from projaudit.projector import Linear
 
@@ -88,7 +89,7 @@ def mended(
             task = replace(task, pairs=task.pairs | pairs, enlarged=True)
         else:
             task = replace(task, marked=task.marked + found, pairs=task.pairs | pairs)
-        told += [_words(speaker, whole(text, listening.heard)) for text in texts]
+        told += [study.words(whole(text, listening.heard)) for text in texts]
         tell("choose", 0, 0)
         tried, best = choose(task)
         side = best[0]
@@ -118,11 +119,6 @@ def _layers(request: Mapping[str, Any]) -> tuple[tuple[str, str | None], tuple[s
     bias = request["last_bias"]
     last = inside(request["last"]), None if bias is None else inside(bias)
     return last, tuple(map(inside, request["matrices"]))
-
-
-def _words(speaker: Speaker, text: Tokens) -> str:
-    said: str = speaker.processor.tokenizer.decode(list(text))
-    return said.strip()
 
 
 def _plain(by: Correction) -> dict[str, Any]:
