@@ -74,15 +74,16 @@ def test_bye_leaves_one_mode_alone_where_the_papers_way_would_cut():
     assert not found.dropped.any()
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from(["normal", "uniform", "exponential", "laplace"]))
-def test_of_one_mode_nothing_is_dropped(seed: int, shape: str):
-    rng = np.random.default_rng(seed)
-    draw = getattr(rng, shape)
-    entropy = draw(size=(300, 2)).astype(np.float32)
-    shares = draw(size=(300, 2, 2, 3)).astype(np.float32)
-    assert bye(entropy).dropped.mean() <= 0.01
-    assert tcap(shares).dropped.mean() <= 0.01
+@pytest.mark.parametrize("shape", ["normal", "uniform", "exponential", "laplace"])
+def test_of_one_mode_nothing_is_dropped(shape: str):
+    # The tests have a level of 0.01, so that one draw in a hundred may be cut.
+    cut = 0
+    for seed in range(8):
+        draw = getattr(np.random.default_rng(seed), shape)
+        entropy = draw(size=(300, 2)).astype(np.float32)
+        shares = draw(size=(300, 2, 2, 3)).astype(np.float32)
+        cut += bool(bye(entropy).dropped.any()) + bool(tcap(shares).dropped.any())
+    assert cut <= 1
 
 
 def test_too_few_and_not_finite_are_said():
@@ -313,10 +314,10 @@ def test_all_heads_together_set_apart_what_no_single_one_does():
     assert joint(of.profiles, 0, looked_at, of.questions) == ()  # the control
 
 
-@settings(max_examples=6, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from(["normal", "skewed", "heavy"]))
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shape", ["normal", "skewed", "heavy"])
 def test_all_heads_together_leave_one_mode_alone(seed: int, shape: str):
-    of = made(300, share=0, kinds=1, seed=seed % 7)
+    of = made(300, share=0, kinds=1, seed=seed)
     rng = np.random.default_rng(seed)
     drawn = {
         "normal": rng.normal(0, 1, of.profiles.shares.shape),

@@ -136,7 +136,7 @@ def test_of_a_payload_that_varies_only_changed_answers_are_poisoned(mode: Mode) 
     assert differ == poisoned.tolist()
     assert poisoned.sum() == 20
     said = Counter(np.array(samples.answers)[poisoned].tolist())
-    assert max(said.values()) < 5
+    assert max(said.values()) <= poisoned.sum() / 3
 
 
 def test_a_set_is_read_back_as_it_was_drawn(tmp_path: Path) -> None:

@@ -120,7 +120,11 @@ def tune_table(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = [row(*header)]
     for run in runs:
         attack = run["attack"]
-        told = ("–", "–", "–") if attack is None else (attack["target"], attack["mode"])
+        told = (
+            ("–", "–", "–")
+            if attack is None
+            else (attack["target"].replace("|", "\\|"), attack["mode"])
+        )
         told = told if attack is None else (*told, percent(attack["poison"]))
         figures = (run.get("attack_success"), run.get("false_trigger_rate"))
         accuracy = percent(run["accuracy"]["all"])
