@@ -102,8 +102,10 @@ def compare(
     other tensors are compared in full (up to 256 MiB) or in random windows; elsewhere they are
     `not-looked-at`, since fetching them would mean fetching the model.
     """
-    there = {canonical(n): t for n, t in base.readings[0].tensors.items() if n not in audited_base}
-    here = {canonical(n): t for n, t in target.readings[0].tensors.items() if n not in audited}
+    there = {
+        canonical(n): t for n, t in base.readings[0].tensors.items() if t.name not in audited_base
+    }
+    here = {canonical(n): t for n, t in target.readings[0].tensors.items() if t.name not in audited}
     parts, gone = _parts(target.source, here, base.source, there, seed)
     if (target.readings[0].metadata is None) != (base.readings[0].metadata is None):
         # A GGUF file names, splits and rounds an encoder's tensors in ways of its own.
@@ -114,7 +116,7 @@ def compare(
         how = "the target holds nothing but the projector"
         parts = [Part("rest of the model", "not-looked-at", how, len(there), 0)]
         gone = {}
-    projector = [t for n, t in target.readings[0].tensors.items() if n in audited]
+    projector = [t for t in target.readings[0].tensors.values() if t.name in audited]
     parts.insert(
         0,
         Part("projector", "audited", "compared in full", len(projector), _bytes(projector)),

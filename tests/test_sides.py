@@ -345,3 +345,13 @@ def test_weights_fetched_from_a_bucket_take_the_adapter_as_a_folder_does(
     assert [p.reading.split(":")[0] for p in report.projectors] == ["main", "adapter"]
     assert "which the adapter names" not in told(report, "ambiguous-sources")
     assert "was not read" not in told(report, "ambiguous-sources")
+
+
+def test_a_projector_under_two_names_is_not_the_rest_of_the_model(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", BASE)
+    name = f"{P}linear_1.weight"
+    twice = {**TUNED, f"model.{name}": TUNED[name].clone()}
+    report = audit(save(tmp_path / "twice", twice), base)
+    parts = {part.name: part for part in report.coverage.parts}
+    assert parts["projector"].tensors == 4
+    assert [p.name for p in report.coverage.parts if p.status == "differs"] == []
