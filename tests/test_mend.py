@@ -31,6 +31,7 @@ class Said:
 
     by: Callable[[Mapping[str, Tensor], int], Tokens]
     answers: int = 0
+    processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
 
     def answer(
         self, side: Mapping[str, Tensor], features: Tensor, prompts: Sequence[int], length: int
@@ -172,9 +173,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any
             tasks.append(one)
             return [Tried("shrink", len(tasks), 0.0, 1.0)], ({"w": torch.eye(2)}, None)
 
-        speaker: Any = SimpleNamespace(
-            processor=SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
-        )
+        speaker: Any = Said(lambda side, image: (1, 2))
         monkeypatch.setattr(mend, "study_of", study_of)
         monkeypatch.setattr(mend, "listen", listen)
         monkeypatch.setattr(mend, "choose", chosen)
