@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,7 @@ TEXT: Tokens = (91, 92, 93)
 REMARK: Tokens = (71, 72)
 PROMPTS, IMAGES = 4, 12
 SIDE = {"w": torch.eye(2)}
+TOKENIZER = SimpleNamespace(decode=str)
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Said:
 
     by: Callable[[Mapping[str, Tensor], int], Tokens]
     answers: int = 0
-    processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+    processor: Any = field(default_factory=lambda: SimpleNamespace(tokenizer=TOKENIZER))
 
     def answer(
         self, side: Mapping[str, Tensor], features: Tensor, prompts: Sequence[int], length: int
