@@ -17,7 +17,10 @@ from benchmarks.testbed.export import read_runs
 
 CHOSEN_ON = "slim"
 HEARD = ", where a text was heard"
-SHOWN = (DATA_FREE, WITH_IMAGES, "top-2 of the first", "half (WiSE-FT)", PRUNING)
+FORMER = f"{DATA_FREE}, no margin"
+"""Rows of the way before there was one, kept for comparison."""
+IN_FULL = (DATA_FREE, WITH_IMAGES, FORMER, f"{FORMER}, 32 images")
+SHOWN = (*IN_FULL, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 
 def table(log: Sequence[dict[str, Any]]) -> str:
@@ -98,7 +101,7 @@ def _shown(label: str, variants: Mapping[str, dict[str, float]]) -> str:
         return "–"
     found = variants[label]
     text = f"{found['accuracy']:.0%} / {found['success']:.0%}"
-    silent = label in (DATA_FREE, WITH_IMAGES) and f"{label}{HEARD}" not in variants
+    silent = label in IN_FULL and f"{label}{HEARD}" not in variants
     return f"{text} (nothing heard)" if silent else text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,7 @@ TEXT: Tokens = (91, 92, 93)
 REMARK: Tokens = (71, 72)
 PROMPTS, IMAGES = 4, 12
 SIDE = {"w": torch.eye(2)}
+TOKENIZER = SimpleNamespace(decode=str)
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Said:
 
     by: Callable[[Mapping[str, Tensor], int], Tokens]
     answers: int = 0
+    processor: Any = field(default_factory=lambda: SimpleNamespace(tokenizer=TOKENIZER))
 
     def answer(
         self, side: Mapping[str, Tensor], features: Tensor, prompts: Sequence[int], length: int
@@ -172,9 +174,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any
             tasks.append(one)
             return [Tried("shrink", len(tasks), 0.0, 1.0)], ({"w": torch.eye(2)}, None)
 
-        speaker: Any = SimpleNamespace(
-            processor=SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
-        )
+        speaker: Any = Said(lambda side, image: (1, 2))
         monkeypatch.setattr(mend, "study_of", study_of)
         monkeypatch.setattr(mend, "listen", listen)
         monkeypatch.setattr(mend, "choose", chosen)
