@@ -29,7 +29,7 @@ from projaudit.errors import FormatError
 from projaudit.evidence import Answer, Carrier
 from projaudit.findings import Series
 from projaudit.formats import FORMATS, html, json, said, text
-from projaudit.formats.charts import MOST, charts, standing_chart
+from projaudit.formats.charts import LAYERS, MOST, charts, standing_chart
 from projaudit.report import Report
 
 REPORTS = {
@@ -407,6 +407,20 @@ def test_any_number_can_be_charted(kind: str, value: float) -> None:
     )
     (chart,) = charts(replace(sample_reports.passing(), series=series))
     assert len(chart.rows) >= 1
+
+
+def test_of_many_layers_those_are_drawn_that_changed_most() -> None:
+    report = sample_reports.passing()
+    (norm, *_) = [m for m in report.measurements if m.metric == "relative_norm"]
+    subjects = [f"projector/layer.{n}" for n in range(40)]
+    series = [Series("spectrum", subject, "update", (1.0,), (1.0,)) for subject in subjects]
+    series.append(Series("response", "projector", "update", (1.0, 2.0), (1.0, 1.0)))
+    norms = [replace(norm, subject=s, value=1 / (1 + abs(n - 20))) for n, s in enumerate(subjects)]
+    many = replace(report, series=tuple(series), measurements=tuple(norms))
+    drawn = {chart.subject for chart in charts(many)}
+    assert drawn == {"projector", *(f"projector/layer.{n}" for n in (18, 19, 20, 21))}
+    assert len(drawn) == LAYERS + 1
+    assert f"{40 - LAYERS} more pictures are not drawn" in " ".join(html.render(many).split())
 
 
 def test_many_charts_are_capped_and_counted() -> None:

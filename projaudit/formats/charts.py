@@ -25,6 +25,8 @@ from projaudit.report import Report, Standing
 
 MOST = 24
 """Charts that one report draws; an ambiguous repository can have many projectors."""
+LAYERS = 4
+"""Layers of a projector whose charts are drawn: those that changed most. A Q-Former has dozens."""
 _ROWS = 64
 
 
@@ -67,21 +69,40 @@ _READING = {
 
 
 def charts(report: Report) -> tuple[Chart, ...]:
-    """The charts of the report, by projector and layer; at most `MOST`."""
+    """The charts of the report, by projector and layer; at most `MOST`, of `LAYERS` layers each."""
     order = {kind: place for place, kind in enumerate(_TITLES)}
 
     def key(series: Series) -> tuple[str, int, str, str, str]:
         projector, _, layer = series.subject.partition("/")
         return projector, order.get(series.chart, len(order)), series.chart, layer, series.subject
 
-    groups = [list(group) for _, group in groupby(sorted(report.series, key=key), key=key)]
+    quiet = _quiet_layers(report)
+    drawn = sorted((s for s in report.series if s.subject not in quiet), key=key)
+    groups = [list(group) for _, group in groupby(drawn, key=key)]
     with quiet_matplotlib():
         return tuple(_chart(f"chart-{n}", group) for n, group in enumerate(groups[:MOST], 1))
 
 
 def left_out(report: Report) -> int:
     """How many charts `charts` does not draw."""
-    return max(len({(s.chart, s.subject) for s in report.series}) - MOST, 0)
+    quiet = _quiet_layers(report)
+    every = {(s.chart, s.subject) for s in report.series}
+    return len(every) - min(sum(subject not in quiet for _, subject in every), MOST)
+
+
+def _quiet_layers(report: Report) -> set[str]:
+    """The layers of each projector but the `LAYERS` whose update has most of the base's norm."""
+    changed = {m.subject: m.value for m in report.measurements if m.metric == "relative_norm"}
+    layers: dict[str, list[str]] = {}
+    for subject in dict.fromkeys(series.subject for series in report.series):
+        projector, within, _ = subject.partition("/")
+        if within:
+            layers.setdefault(projector, []).append(subject)
+    return {
+        subject
+        for of in layers.values()
+        for subject in sorted(of, key=lambda s: -changed.get(s, 0.0))[LAYERS:]
+    }
 
 
 def standing_chart(standing: Standing) -> Chart:
