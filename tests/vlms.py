@@ -119,16 +119,21 @@ def llava(**text: Any) -> tuple[Any, Any]:
     return hf.LlavaForConditionalGeneration(config), processor
 
 
-def qwen2_vl() -> tuple[Any, Any]:
-    """Qwen2-VL: as many image tokens as an image is large; rotary positions of three axes."""
+def qwen_processor(kind: Any) -> tuple[Any, Any]:
+    """A processor of that class, and its tokenizer."""
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     words = tokenizer(*special, "<|image_pad|>", "<|video_pad|>")
-    ids = words.convert_tokens_to_ids
     images = hf.Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2,
         size={"shortest_edge": 8 * 8 * 2, "longest_edge": 8 * 8 * 30},
     )  # fmt: skip
-    processor = stills(hf.Qwen2VLProcessor)(images, words, chat_template=QWEN)
+    return stills(kind)(images, words, chat_template=QWEN), words
+
+
+def qwen2_vl() -> tuple[Any, Any]:
+    """Qwen2-VL: as many image tokens as an image is large; rotary positions of three axes."""
+    processor, words = qwen_processor(hf.Qwen2VLProcessor)
+    ids = words.convert_tokens_to_ids
     config = hf.Qwen2VLConfig(
         vision_config={
             "depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from vlms import IDEFICS, LM, QWEN, stills, tokenizer
+from vlms import IDEFICS, LM, qwen_processor, tokenizer
 
 FORMER = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -61,14 +61,8 @@ def idefics2() -> tuple[Any, Any]:
 
 def qwen3_vl() -> tuple[Any, Any]:
     """Qwen3-VL: a merger, and another of a middle layer that language layers add."""
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    words = tokenizer(*special, "<|image_pad|>", "<|video_pad|>")
+    processor, words = qwen_processor(hf.Qwen3VLProcessor)
     ids = words.convert_tokens_to_ids
-    images = hf.Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2,
-        size={"shortest_edge": 8 * 8 * 2, "longest_edge": 8 * 8 * 30},
-    )  # fmt: skip
-    processor = stills(hf.Qwen3VLProcessor)(images, words, chat_template=QWEN)
     config = hf.Qwen3VLConfig(
         vision_config={
             "depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32,
