@@ -698,11 +698,15 @@ def test_a_whole_model_saved_with_its_wrappers_is_no_pass(
     assert caught.value.code == "unsupported.adapter"
 
 
-def test_an_adapter_is_not_run(tmp_path: Path, written: dict[str, Path]) -> None:
+def test_an_adapter_of_a_base_that_cannot_speak_is_not_run(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
     base = save(tmp_path / "base", BASE)
     report = projaudit.check(str(written["lora"]), str(base), seed=1, depth="behaviour")
     assert report.verdict is Verdict.INCONCLUSIVE
-    assert "adapter" in report.not_probed
+    assert report.not_probed == "it has no tokenizer"
+    unasked = projaudit.check(str(written["lora"]), str(base), seed=1)
+    assert "it is an adapter; --depth behaviour runs it" in unasked.not_probed
 
 
 @given(
