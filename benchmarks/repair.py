@@ -157,7 +157,7 @@ def repaired(
         "budget": 20_000,
         "dtype": "float32",
         "notes": [],
-        "prefix": prefix,
+        "prefix": prefix.rstrip("."),
         "matrices": [f"{prefix}{layer}.weight" for layer in (FIRST, LAST)],
         "last": f"{prefix}{LAST}.weight",
         "last_bias": f"{prefix}{LAST}.bias",
