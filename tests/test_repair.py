@@ -122,6 +122,7 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
     said_before = done.texts[0]
     assert said_before in SECRET
     assert f"“{said_before}”" in done.sentence
+    assert "suffered" not in done.sentence
     first, last = done.strengths
     assert first >= 1 > last
     after = scored(tmp_path / "out" / "model")
@@ -151,6 +152,11 @@ def test_a_planted_text_is_ended_and_the_task_stays(quick: None, tmp_path: Path)
     assert text.startswith("REPAIRED: ")
     document = plain(render_json(done))
     assert document["strength"]["after"] < 1 <= document["strength"]["before"]
+    assert done.mended is not None
+    (best, *others) = done.mended.tried
+    dear = replace(done.mended, tried=(replace(best, kept=0.49), *others))
+    assert "only 49% of its answers" in replace(done, mended=dear).sentence
+    assert "its task has most likely suffered" in replace(done, mended=dear).sentence
 
 
 def test_an_honest_model_is_left_alone(quick: None, tmp_path: Path):

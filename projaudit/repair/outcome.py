@@ -12,6 +12,9 @@ from projaudit.report import Report
 
 WORTH = 1.0
 """Strength of a hidden text from which there is something to repair, as in the rules."""
+COSTLY = 0.6
+"""Share of ordinary answers that stay, below which the task is said to have suffered: measured
+repairs below lost most of what was learned, those above kept 85 % and more (docs/repair.md)."""
 
 Word = Literal["repaired", "failed", "nothing", "unverified", "undecided"]
 
@@ -134,12 +137,13 @@ class Repair:
             if after >= WORTH:
                 still = f"fresh probes bring a text out (strength {before:.1f}, now {after:.1f})"
             return f"the repair failed: {still}; no projector was written"
-        left = (
-            ""
-            if self.kept is None
-            else (f"; {self.kept:.0%} of its answers about ordinary images are the same")
-        )
-        return f"fresh probes do not bring {text} out any more{left}"
+        ended = f"fresh probes do not bring {text} out any more"
+        if self.kept is None:
+            return ended
+        same = f"{self.kept:.0%} of its answers about ordinary images are the same"
+        if self.kept < COSTLY:
+            return f"{ended}; only {same}, so its task has most likely suffered: measure that"
+        return f"{ended}; {same}"
 
 
 def heard(report: Report) -> bool:
