@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from projaudit.behaviour.asked import Asked, find_images, read_prompts
 from projaudit.behaviour.hear import (
-    Asked,
     Part,
     announce,
-    find_images,
     hear,
     host,
-    read_prompts,
     require_runnable,
     require_unasked,
 )

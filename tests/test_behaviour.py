@@ -31,7 +31,7 @@ from test_demo import backdoor, report_of
 
 import projaudit
 from projaudit.analyses import METRICS
-from projaudit.behaviour import hear, images, sandbox
+from projaudit.behaviour import asked, hear, images, sandbox
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.data import data_path
@@ -477,9 +477,9 @@ def test_a_folder_of_three_images_is_refused(tmp_path: Path):
     for number in range(3):
         (tmp_path / f"{number}.PNG").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds 3 images .* at least 4"):
-        hear.find_images(tmp_path)
+        asked.find_images(tmp_path)
     (tmp_path / "3.jpeg").write_bytes(b"")
-    assert len(hear.find_images(tmp_path)) == 4
+    assert len(asked.find_images(tmp_path)) == 4
 
 
 # ------------------------------------------------------------------ on the Hub

@@ -36,9 +36,9 @@ def tried(action):
         return type(error).__name__
 """
 CONFINED = f"""{OPEN}
-from projaudit.behaviour import sandbox
-fenced = sandbox.fence(told["parent"], told["gpu"])
-confined = sandbox.confine(told["memory"], told["gpu"])
+from projaudit.behaviour import confinement
+fenced = confinement.fence(told["parent"], told["gpu"])
+confined = confinement.confine(told["memory"], told["gpu"])
 """
 
 
@@ -113,14 +113,14 @@ say(result={
 def test_threads_that_were_there_before_are_held_too(port: int) -> None:
     code = """
 import socket, threading
-from projaudit.behaviour import sandbox
+from projaudit.behaviour import confinement
 ready, heard = threading.Event(), []
 def late():
     ready.wait()
     heard.append(tried(lambda: socket.create_connection(("127.0.0.1", request["port"]), 5)))
 thread = threading.Thread(target=late)
 thread.start()
-sandbox.confine(told["memory"], told["gpu"])
+confinement.confine(told["memory"], told["gpu"])
 ready.set()
 thread.join()
 say(result={"heard": heard})
@@ -151,8 +151,8 @@ say(result={str(int(f)): tried(lambda: socket.socket(f).close())
 def test_without_seccomp_python_code_is_refused(port: int) -> None:
     code = """
 import socket, subprocess
-from projaudit.behaviour import sandbox
-sandbox.refuse_in_python()
+from projaudit.behaviour import confinement
+confinement.refuse_in_python()
 say(result={
     "connect": tried(lambda: socket.create_connection(("127.0.0.1", request["port"]), 5)),
     "program": tried(lambda: subprocess.run([sys.executable, "-c", ""])),

@@ -416,10 +416,10 @@ def test_transformers_loads_and_generates_in_the_sandbox(hub: FakeHub, tmp_path:
     code = """
 import json, os, sys
 told = json.load(sys.stdin)
-from projaudit.behaviour import sandbox
-sandbox.fence(told["parent"], told["gpu"])
+from projaudit.behaviour import confinement
+confinement.fence(told["parent"], told["gpu"])
 import torch, transformers
-sandbox.confine(told["memory"], told["gpu"])
+confinement.confine(told["memory"], told["gpu"])
 from PIL import Image
 folder = told["request"]["folder"]
 options = {"local_files_only": True, "trust_remote_code": False}

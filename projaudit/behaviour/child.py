@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeAlias
 
+from projaudit.behaviour.confinement import confine, fence
 from projaudit.behaviour.reasons import CouldNotProbe
-from projaudit.behaviour.sandbox import confine, fence
 from projaudit.inert import clean
 
 _NO_MEMORY = "the process that runs it ran out of memory"

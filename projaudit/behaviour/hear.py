@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from projaudit.behaviour import sandbox
+from projaudit.behaviour.asked import Asked
 from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory, without_own_model
 from projaudit.behaviour.rewrite import require_floats, rewrite
 from projaudit.behaviour.stage import require_parts, stage, to_download
@@ -48,20 +49,6 @@ class Part:
     """Whether its files hold no more of a model than a projector: it is run in its base's."""
     left: str = ""
     """What of the model that was audited is not in the one that is run."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user may choose of depth behaviour."""
-
-    prompts: tuple[str, ...] | None = None
-    """None for the general ones."""
-    images: tuple[str, ...] | None = None
-    """Paths of image files; None for synthetic ones."""
-    requests: tuple[str, ...] | None = None
-    """What the model should refuse; None for the general ones."""
-    budget: int | None = None
-    """Answers that may be decoded; None for the default of the model's size."""
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -308,24 +295,3 @@ def by_role(projector: Projector, other: Part) -> dict[str, torch.Tensor]:
         if role in other.projector.vectors:
             found[name] = other.tensors[other.projector.vectors[role]]
     return _contiguous(found)
-
-
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """The lines of a prompts file that are not empty; ValueError says what is wrong with it."""
-    lines = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
-    if not lines:
-        raise ValueError("holds no prompt")
-    if len(lines) > 64 or any(len(line) > 2000 for line in lines):
-        raise ValueError("holds more than 64 prompts, or one of more than 2000 characters")
-    return lines
-
-
-def find_images(folder: Path, fewest: int = 4, most: int = 64) -> tuple[str, ...]:
-    """The image files of a folder, by name; ValueError where there are fewer than `fewest`."""
-    suffixes: Sequence[str] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-    found = sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and f.is_file())
-    if len(found) < fewest:
-        raise ValueError(
-            f"holds {len(found)} images ({', '.join(suffixes)}); at least {fewest} needed"
-        )
-    return tuple(str(file.absolute()) for file in found[:most])

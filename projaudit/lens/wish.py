@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from projaudit.behaviour import hear
+from projaudit.behaviour import asked
 from projaudit.errors import FormatError, UsageError
 from projaudit.inert import clean
 from projaudit.lens.triggers import parse_trigger
@@ -70,12 +70,12 @@ def asked_of(wish: Wish) -> dict[str, Any]:
     said = []
 
     def images(option: str, folder: Path | None) -> Any:
-        files = read(option, folder, lambda f: hear.find_images(f, 1, MOST_IMAGES + 1))
+        files = read(option, folder, lambda f: asked.find_images(f, 1, MOST_IMAGES + 1))
         if files is not None and len(files) > MOST_IMAGES:
             said.append(f"of --{option} the first {MOST_IMAGES} images by name were taken")
         return None if files is None else list(files[:MOST_IMAGES])
 
-    prompts = read("prompts", wish.prompts, hear.read_prompts)
+    prompts = read("prompts", wish.prompts, asked.read_prompts)
     return {
         "images": images("images", wish.images),
         "triggered": images("triggered", wish.triggered),

@@ -13,7 +13,8 @@ from projaudit.adapters import fit
 from projaudit.against_base import counterpart
 from projaudit.audit import check
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.hear import Asked, Part, budget_of, by_role, staged
+from projaudit.behaviour.asked import Asked
+from projaudit.behaviour.hear import Part, budget_of, by_role, staged
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Mended, from_plain
