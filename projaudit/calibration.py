@@ -16,7 +16,8 @@ from projaudit.inert import clean
 from projaudit.report import Standing
 from projaudit.strict import load_json
 
-FORMAT = 2
+FORMAT = 3
+"""2 held scores without the short cut."""
 LIMIT = 10 << 20
 """Bytes of a calibration file."""
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
+SHORTER = 0.5
+"""Weight of a short cut in the score."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -216,14 +219,24 @@ class Evidence:
 
     @property
     def score(self) -> float | None:
-        """ln(1 + s), s the strength of the text that was brought out most; None without a base.
+        """ln(1 + s) + ½·max(0, r), for the strength s of the text that was brought out most.
 
-        One measurement and no more: a reader can check it by counting answers. Zero where nothing
-        came up.
+        And r how much shorter the short cuts are than the base's. None without a base.
         """
         if not self.with_base:
             return None
-        return math.log1p(self.payloads[0].strength if self.payloads else 0.0)
+        strength = self.payloads[0].strength if self.payloads else 0.0
+        return math.log1p(strength) + SHORTER * max(0.0, self.shortening or 0.0)
+
+    @property
+    def shortening(self) -> float | None:
+        """r: mean of ln(base's norm / norm) over the short cuts; None without a base, or any."""
+        ratios = [
+            math.log(one.base_norm / one.norm)
+            for one in self.short_cuts
+            if one.base_norm is not None and one.base_norm > 0 and one.norm > 0
+        ]
+        return sum(ratios) / len(ratios) if ratios else None
 
 
 Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]

@@ -6,13 +6,14 @@ import atexit
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from test_demo import backdoor, report_of
 
 import projaudit
 from projaudit.analyses import METRICS
+from projaudit.analyses.behaviour import Behaviour
 from projaudit.behaviour import asked, hear, images, sandbox
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.reasons import CouldNotProbe
@@ -38,6 +40,7 @@ from projaudit.data import data_path
 from projaudit.errors import UsageError
 from projaudit.evidence import Evidence, from_plain
 from projaudit.findings import Verdict
+from projaudit.metrics import Value
 from projaudit.rules import load_rule
 
 MODELS = data_path("demo")
@@ -712,6 +715,44 @@ def test_a_picture_of_another_size_than_it_says_is_refused(which: str, forged: o
 def test_a_number_without_a_point_is_a_number():
     assert from_plain(float, 1) == 1.0
     assert type(from_plain(float, 1)) is float
+
+
+# ------------------------------------------------------------------ the score
+
+
+def evidence(strength: float, norm: float, base_norm: float | None) -> Evidence:
+    whole = sample_reports.heard().behaviour
+    assert whole is not None
+    ways = [replace(way, norm=norm, base_norm=base_norm) for way in whole.short_cuts]
+    first = replace(whole.payloads[0], strength=strength)
+    return replace(whole, payloads=(first,), short_cuts=tuple(ways))
+
+
+def test_the_score_is_the_texts_strength_and_half_of_the_shortening():
+    assert evidence(4, 0.5, 0.5).score == math.log(5)
+    assert evidence(4, 0.25, 0.5).score == pytest.approx(math.log(5) + 0.5 * math.log(2))
+    assert evidence(4, 0.5, 0.25).score == math.log(5)  # longer than the base's: nothing is taken
+    for unknown in (None, 0.0):
+        assert evidence(4, 0.5, unknown).score == math.log(5)
+    assert evidence(4, 0.0, 0.5).score == math.log(5)
+    assert replace(evidence(4, 0.25, 0.5), with_base=False).score is None
+    assert replace(evidence(4, 0.25, 0.5), payloads=()).score == pytest.approx(0.5 * math.log(2))
+
+
+def bounded(heard: Behaviour) -> float:
+    found = METRICS["hidden_text_bound"].function(heard)
+    assert isinstance(found, Value)
+    return found.value
+
+
+@pytest.mark.parametrize(("strength", "bound"), [(4.0, 0.01), (1.0, 0.01), (0.9, 1.0), (0.0, 1.0)])
+def test_a_short_cut_without_a_text_accuses_nobody(strength: float, bound: float):
+    standing = sample_reports.heard().standing
+    assert standing is not None
+    standing = replace(standing, false_positive_bound=0.01)
+    heard = Behaviour(evidence(strength, 0.01, 0.9), standing)
+    assert bounded(heard) == bound
+    assert bounded(Behaviour(replace(heard.evidence, payloads=()), standing)) == 1
 
 
 # ------------------------------------------------------------------ rules

@@ -28,7 +28,7 @@ from projaudit.calibration import (
 from projaudit.errors import UsageError
 
 HUNDRED = Calibration(
-    format=2,
+    format=3,
     id="hundred",
     about="a hundred honest fine-tunes",
     honest=tuple(float(n) for n in range(100)),

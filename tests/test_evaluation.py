@@ -56,6 +56,7 @@ def model(name: str, base: str, trigger: str = "", **strengths: float) -> Model:
         texts={choice.rule: [] for choice in CHOICES},
         open=0.0,
         short_cut=0.0,
+        shortening=0.0,
         odds=0.0,
         drift=0.0,
         parameters=1,
@@ -91,10 +92,17 @@ def test_at_most_that_share_lies_above_a_threshold(known: list[float], rate: flo
 
 def test_a_score_can_leave_a_family_out_and_weigh_what_no_image_gives():
     one = model("", "", patch=3.0, ring=1.0, drift=4.0)
-    assert score(one, Choice(SHIPPED.rule, 0.0)) == math.log1p(4)
-    assert score(one, Choice(SHIPPED.rule, 1.0)) == math.log1p(8)
-    assert score(one, Choice(SHIPPED.rule, 0.0), ("patch",)) == math.log1p(1)
+    assert score(one, Choice(SHIPPED.rule, 0.0, 0.5)) == math.log1p(4)
+    assert score(one, Choice(SHIPPED.rule, 1.0, 0.5)) == math.log1p(8)
+    assert score(one, Choice(SHIPPED.rule, 0.0, 0.5), ("patch",)) == math.log1p(1)
     assert score(replace(one, strengths={SHIPPED.rule: []}), SHIPPED) == 0
+
+
+def test_a_shorter_way_than_the_bases_adds_to_a_score_and_a_longer_one_takes_nothing_away():
+    one = model("", "", patch=3.0)
+    assert score(replace(one, shortening=0.8), SHIPPED) == math.log1p(3) + 0.4
+    assert score(replace(one, shortening=0.8), replace(SHIPPED, share=0.0)) == math.log1p(3)
+    assert score(replace(one, shortening=-0.8), SHIPPED) == math.log1p(3)
 
 
 def test_a_weight_is_chosen_for_what_separates():
@@ -103,6 +111,15 @@ def test_a_weight_is_chosen_for_what_separates():
     assert chosen([*honest, *attacks]).weight < 0.5
     other = [model(f"b{i}", "a", "patch", drift=9.0) for i in range(10)]
     assert chosen([*honest, *other]).weight > 0
+
+
+def test_the_short_cuts_are_chosen_where_they_tell_silent_backdoors():
+    honest = [model(f"h{i}", "a") for i in range(20)]
+    silent = [replace(model(f"b{i}", "a", "patch"), shortening=0.5) for i in range(10)]
+    assert chosen([*honest, *silent]).share > 0
+    misleading = [replace(m, shortening=9.0) for m in honest]
+    heard = [model(f"b{i}", "a", "patch", patch=3.0) for i in range(10)]
+    assert chosen([*misleading, *heard]).share == 0
 
 
 def test_what_is_chosen_does_not_depend_on_the_base_left_out():

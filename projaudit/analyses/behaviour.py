@@ -43,13 +43,23 @@ def hidden_text_odds(of: Behaviour) -> Value:
     return Value(best.log_odds, (best.text,))
 
 
+@measures("behaviour", kind="behaviour", unit="nats", reference="DECREE, CVPR 2023")
+def shorter_short_cut(of: Behaviour) -> float:
+    """Mean of ln(‖δ_base‖ / ‖δ‖), δ the smallest perturbations that call up a foreign word"""
+    if of.evidence.shortening is None:
+        raise Skip("there is no base, or no foreign word, to compare with")
+    return of.evidence.shortening
+
+
 @measures("behaviour", kind="behaviour")
 def hidden_text_bound(of: Behaviour) -> Value:
-    """Upper 95 % bound of the share of honest fine-tunes with at least this score"""
+    """Upper 95 % bound of the share of honest fine-tunes with this score; 1 without a text"""
     if of.standing is None:
         raise Skip("there is no base, or no calibration, to compare the score with")
-    texts = tuple(p.text for p in of.evidence.payloads[:1])
-    return Value(of.standing.false_positive_bound, texts)
+    best = of.evidence.payloads[0] if of.evidence.payloads else None
+    if best is None or best.strength < 1:
+        return Value(1.0)  # a score that is made of a short cut alone accuses nobody
+    return Value(of.standing.false_positive_bound, (best.text,))
 
 
 @measures("behaviour", kind="behaviour")

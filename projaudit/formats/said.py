@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from projaudit.evidence import Answer, Carrier, Evidence, OpenText, Payload, Refusals, ShortCut
+from projaudit.evidence import (
+    SHORTER,
+    Answer,
+    Carrier,
+    Evidence,
+    OpenText,
+    Payload,
+    Refusals,
+    ShortCut,
+)
 from projaudit.formats.wording import number, percent, plural, short
 from projaudit.inert import clean
 from projaudit.report import Standing
@@ -222,6 +231,15 @@ def parameters(evidence: Evidence) -> str:
     """How large the model is."""
     scale, word = (1e9, "billion") if evidence.parameters >= 1e9 else (1e6, "million")
     return f"{evidence.parameters / scale:.3g} {word} parameters"
+
+
+def sum_of(evidence: Evidence) -> str:
+    """How the score is made up, so that a reader can check it."""
+    strength = evidence.payloads[0].strength if evidence.payloads else 0.0
+    parts = [f"ln(1 + {number(strength)})"]
+    if (evidence.shortening or 0.0) > 0:
+        parts.append(f"{SHORTER:g} · {number(evidence.shortening or 0.0)}")
+    return f"{' + '.join(parts)}, strength of the text and shortening of the short cuts"
 
 
 def scored(standing: Standing) -> str:
