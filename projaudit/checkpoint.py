@@ -18,7 +18,7 @@ from projaudit.quantised_values import dequantise
 from projaudit.readings import Reading, Readings
 from projaudit.safetensors_header import Header, TensorInfo
 from projaudit.source import Source, refuse_lfs_pointer
-from projaudit.torch_zip import check_frames, frames
+from projaudit.torch_entries import check_frames, frames
 from projaudit.weight_files import (
     MAX_SHARDS,
     Ambiguity,

@@ -16,7 +16,8 @@ from projaudit.quantised import find
 from projaudit.quantised_layouts import Packed
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
-from projaudit.torch_zip import BELOW, MAGIC, read_torch_zip
+from projaudit.torch_entries import MAGIC
+from projaudit.torch_zip import BELOW, read_torch_zip
 from projaudit.weight_files import INDEX, PICKLES, SHARD, TORCH_WEIGHTS, WEIGHTS, Ambiguity, Way
 
 MAX_TENSORS = 2_000_000

@@ -26,6 +26,8 @@ LAYERS = [
         "position",
         "recipe",
     ],
+    ["torch_entries"],
+    ["torch_pickle"],
     ["torch_zip"],
     ["peft_config", "quantised_config", "quantised_layouts", "quantised_values"],
     ["peft_methods"],

@@ -738,6 +738,7 @@ def test_limits_come_before_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LimitError) as caught:
         parse(RAW)
     assert caught.value.code == "limit.pickle-size"
+    monkeypatch.setattr("projaudit.torch_entries.MAX_TENSORS", 3)
     monkeypatch.setattr("projaudit.torch_zip.MAX_TENSORS", 3)
     with pytest.raises(LimitError) as caught:
         parse(RAW)
