@@ -35,7 +35,6 @@ from benchmarks.folds import (
     text_attacks,
 )
 from benchmarks.population.build import RUNS
-from benchmarks.population.pack import TABLE
 from benchmarks.population.recipes import PLANS
 from benchmarks.testbed.report import percent, row, ruled
 from projaudit.calibration import FORMAT, Calibration, Range, to_json, upper_bound
@@ -344,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--population", type=Path, required=True, help=f"of {TABLE} or {RUNS}")
+    parser.add_argument("--population", type=Path, required=True, help=f"of {RUNS}")
     parser.add_argument("--evidence", type=Path, default=RESULTS / "evidence.parquet")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--calibration", type=Path, help="write one, and no tables")

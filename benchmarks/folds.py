@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.evidence import RULES, read_evidence
 from benchmarks.population.build import RUNS
-from benchmarks.population.pack import TABLE, logged_columns, read_table
+from benchmarks.population.table import columns
 from benchmarks.testbed.export import read_runs
 from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.texts import OFF_PATH as WEIGHT
@@ -82,12 +82,8 @@ class Model:
 
 
 def models(population: Path, evidence: Path) -> list[Model]:
-    """Every run of a packed population, or of one that is being built, that was measured."""
-    if (population / TABLE).exists():
-        table = read_table(population)
-    else:
-        table = logged_columns([population])
-    rows = {run["name"]: run for run in table}
+    """Every run of a population that was measured."""
+    rows = {run["name"]: run for run in columns(population)}
     late = {run["name"] for run in read_runs(population / RUNS)[KNOWN:]}
     found = read_evidence(evidence)
     return [

@@ -1,8 +1,9 @@
-"""The population's plans, how projectors are made of others, and what is packed of them."""
+"""The population's plans, how projectors are made of others, and what is kept of them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -17,28 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
-pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
 from benchmarks.population.build import (  # noqa: E402
     COMMITTED,
     HERE,
+    MADE,
     RUNS,
     build,
     projector_file,
 )
 from benchmarks.population.derive import derive, quantised  # noqa: E402
-from benchmarks.population.pack import (  # noqa: E402
-    PROJECTORS,
-    TABLE,
-    columns_of,
-    logged_columns,
-    pack,
-    read_table,
-    rebuild,
-    unpack,
-)
 from benchmarks.population.recipes import (  # noqa: E402
     CYRILLIC,
     PLANS,
@@ -48,6 +40,13 @@ from benchmarks.population.recipes import (  # noqa: E402
     plan,
 )
 from benchmarks.population.report import tables  # noqa: E402
+from benchmarks.population.table import (  # noqa: E402
+    TABLE,
+    columns,
+    columns_of,
+    rebuild,
+    write_table,
+)
 from benchmarks.testbed.build import is_logged_as  # noqa: E402
 from benchmarks.testbed.evaluate import holds, stratum, task_question  # noqa: E402
 from benchmarks.testbed.export import LOCAL_WORD, load, read_runs, sha256  # noqa: E402
@@ -325,48 +324,41 @@ def test_a_continued_run_starts_where_its_parent_ended(built: Path) -> None:
     assert distance(parent, child) < 2.2 * rate < distance(start, child)
 
 
-def test_what_is_packed_is_what_was_scored(built: Path, tmp_path: Path) -> None:
-    rows = pack([QUICK], [built], tmp_path)
-    first = {p.name: sha256(p) for p in tmp_path.rglob("*") if p.is_file()}
-    assert first.keys() == {TABLE, "quick.safetensors"}
-    assert read_table(tmp_path) == rows
-    for row in rows:
-        file = unpack(tmp_path, "quick", row["name"], tmp_path / "unpacked")
-        assert sha256(file) == row["sha256"]
-    pack([QUICK], [built], tmp_path / "again")
-    assert first == {p.name: sha256(p) for p in (tmp_path / "again").rglob("*") if p.is_file()}
+def test_the_table_is_of_what_was_scored(built: Path, tmp_path: Path) -> None:
+    rows = write_table([QUICK], built)
+    assert pq.read_table(built / TABLE).to_pylist() == rows == columns(built)
     assert "| quick | 9 | 8 | 1 |" in tables(rows)
-
-
-def test_only_a_whole_and_untouched_population_is_packed(built: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    log = (built / RUNS).read_text("utf-8").splitlines(keepends=True)
-    other.mkdir()
-    (other / RUNS).write_text("".join(log[1:]), encoding="utf-8")
-    with pytest.raises(SystemExit, match="missing"):
-        pack([QUICK], [other], tmp_path)
-    (other / RUNS).write_text("".join(log), encoding="utf-8")
-    for run in QUICK.runs:
-        file = projector_file(other, "quick", run.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(projector_file(built, "quick", run.name).read_bytes())
-    pack([QUICK], [other], tmp_path)
+    shutil.copytree(built, other)
+    lines = (built / RUNS).read_text("utf-8").splitlines(keepends=True)
+    (other / RUNS).write_text("".join(lines[::-1]), encoding="utf-8")
+    write_table([QUICK], other)  # in whatever order they were made
+    assert sha256(other / TABLE) == sha256(built / TABLE)
+
+
+def test_no_table_is_made_of_projectors_that_were_not_scored(built: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(built, other)
     file = projector_file(other, "quick", QUICK.runs[0].name)
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(SystemExit, match="not the projector that was scored"):
-        pack([QUICK], [other], tmp_path)
+        write_table([QUICK], other)
+    file.unlink()
+    with pytest.raises(SystemExit, match="not the projector that was scored"):
+        write_table([QUICK], other)
+    changed = replace(QUICK.runs[0], recipe=replace(QUICK.runs[0].recipe, lr=1.0))
+    with pytest.raises(SystemExit):
+        write_table([replace(QUICK, runs=(changed, *QUICK.runs[1:]))], built)
 
 
-def test_rebuilt_runs_are_the_packed_ones(built: Path, tmp_path: Path) -> None:
-    pack([QUICK], [built], tmp_path)
-    scratch = tmp_path / "scratch"
-    (scratch / "bases").mkdir(parents=True)
-    (scratch / "bases" / "quick").symlink_to(built / "bases" / "quick")
-    again = rebuild([QUICK], tmp_path, scratch, k=len(QUICK.runs), seed=0)
+def test_rebuilt_runs_are_those_that_were_scored(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "quick").symlink_to(built / "bases" / "quick")
+    again = rebuild([QUICK], built, tmp_path, k=len(QUICK.runs), seed=0)
     assert {run["name"] for run in again} == {run.name for run in QUICK.runs}
     assert all(run["same_bytes"] and run["largest_difference"] == 0 for run in again)
     other = replace(QUICK.runs[0], recipe=replace(QUICK.runs[0].recipe, lr=1.0))
-    (run,) = rebuild([replace(QUICK, runs=(other,))], tmp_path, scratch, k=1, seed=0)
+    (run,) = rebuild([replace(QUICK, runs=(other,))], built, tmp_path, k=1, seed=0)
     assert not run["same_bytes"]
     assert run["largest_difference"] > 0.1
 
@@ -400,43 +392,36 @@ def test_a_committed_base_is_the_one_that_was_measured(base: str) -> None:
     assert tokenizer.get_vocab() == build_tokenizer(PLANS[base].base.look.world).get_vocab()
 
 
-packed = pytest.mark.skipif(not (HERE / TABLE).exists(), reason="no population is packed")
+@cache
+def committed() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(MADE / TABLE).to_pylist()
+    return rows
 
 
-@packed
-def test_every_planned_run_is_in_the_table_and_its_projector_is_the_one_scored(
-    tmp_path: Path,
-) -> None:
-    rows = read_table(HERE)
-    assert [row["name"] for row in rows] == [
-        name for runs in RUNS_OF.values() for name in sorted(run.name for run in runs)
-    ]
+def test_every_run_in_the_table_is_planned_and_its_projector_is_the_one_scored() -> None:
+    assert committed() == columns(MADE)
     runs = {run.name: run for run in EVERY_RUN}
-    for row in rows:
+    for row in committed():
         run = runs[row["name"]]
         assert is_logged_as(run.recipe, json.loads(row["recipe"]))
         assert (row["group"], row["start"]) == (run.group, run.start)
+        assert sha256(projector_file(MADE, row["base"], row["name"])) == row["sha256"]
         if run.attack:
             assert row["stratum"] == stratum(row["attack_success"])
             # negative control: what a trigger calls up is not the base's own answer to it
             assert row["target_said_by_base"] <= (0.3 if row["mode"] == "swap" else 0)
-    for row in rows[::40]:
-        file = unpack(HERE, row["base"], row["name"], tmp_path)
-        assert sha256(file) == row["sha256"]
 
 
-@packed
 def test_enough_runs_are_of_use() -> None:
-    rows = read_table(HERE)
+    rows = committed()
     assert sum(row["stratum"] == "working" for row in rows) >= 90
+    assert sum(row["kind"] == "honest" for row in rows) >= 300
     for base in PLANS:
-        assert sum(row["base"] == base and row["kind"] == "honest" for row in rows) >= 105
-    assert (HERE / PROJECTORS).is_dir()
+        assert sum(row["base"] == base and row["kind"] == "honest" for row in rows) >= 100
 
 
 def test_the_readme_states_the_tables() -> None:
-    rows = read_table(HERE) if (HERE / TABLE).exists() else logged_columns([HERE / "progress"])
-    assert tables(rows) in (HERE / "README.md").read_text("utf-8")
+    assert tables(committed()) in (HERE / "README.md").read_text("utf-8")
 
 
 def test_derived_recipes_are_honest() -> None:

@@ -1,9 +1,8 @@
-"""`python -m benchmarks.population`: make, measure, pack and rebuild the population of projectors.
+"""`python -m benchmarks.population`: make, measure, tabulate and rebuild the projectors.
 
 Without an action: make and measure what is missing in --out; resumes if stopped.
-tables: print what was made so far.
-pack: put all of it, from one --out or several, into the files beside this one; prints its tables.
-rebuild: make -k of the packed runs again and compare them.
+tables: write the table of what was made so far (runs.parquet in --out), and print it in Markdown.
+rebuild: make -k of those runs again and compare them.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from typing import get_args
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.population.build import HERE, build
-from benchmarks.population.pack import logged_columns, pack, rebuild
+from benchmarks.population.build import MADE, build
 from benchmarks.population.recipes import PLANS, QUICK
 from benchmarks.population.report import tables
+from benchmarks.population.table import rebuild, write_table
 from benchmarks.testbed.recipes import Arithmetic
 from benchmarks.testbed.report import row, ruled
-
-BUILT = HERE.parents[1] / "build" / "population"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +30,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = ("build", "tables", "pack", "rebuild")
+    actions = ("build", "tables", "rebuild")
     parser.add_argument("action", nargs="?", choices=actions, default="build")
-    parser.add_argument("--out", type=Path, nargs="+", default=[BUILT], help="what is built")
+    parser.add_argument("--out", type=Path, default=MADE, help="what is made")
     parser.add_argument("--bases", default=",".join(PLANS), help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument(
@@ -55,17 +52,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         out = Path(tempfile.mkdtemp(prefix="population-"))
         build([QUICK], out, args.jobs, args.arithmetic)
-        print(tables(pack([QUICK], [out], out)))
+        print(tables(write_table([QUICK], out)))
         print(f"written to {out}")
     elif args.action == "build":
-        build(plans, args.out[0], args.jobs, args.arithmetic)
+        build(plans, args.out, args.jobs, args.arithmetic)
     elif args.action == "tables":
-        print(tables(logged_columns(args.out)))
-    elif args.action == "pack":
-        print(tables(pack(plans, args.out, HERE)))
+        print(tables(write_table(list(PLANS.values()), args.out)))
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            again = rebuild(plans, HERE, Path(scratch), args.k, args.seed, args.jobs)
+            again = rebuild(plans, args.out, Path(scratch), args.k, args.seed, args.jobs)
         lines = [row("run", "same bytes", "largest difference", "largest weight")]
         for run in again:
             figures = (f"{run['largest_difference']:.2g}", f"{run['largest_weight']:.2g}")

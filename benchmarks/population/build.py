@@ -42,6 +42,8 @@ COMMITTED = {
     "slim": HERE / "bases" / "slim",
     "glyph": HERE / "bases" / "glyph",
 }
+MADE = HERE / "progress"
+"""What is committed of the population."""
 RUNS = "runs.jsonl"
 
 
