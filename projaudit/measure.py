@@ -59,13 +59,13 @@ def measure_projector(
     """
     import torch
 
+    from projaudit.pair import pair
     from projaudit.targets import (
         check_widths,
         embedding_matrix,
         embedding_pair,
         text_directions,
     )
-    from projaudit.update import pair
 
     settings, width = session.settings, target.projector.out_features
     check_widths(directions, width)
@@ -118,7 +118,7 @@ def measure_projector(
 def measure_merge(session: Session, target: Side, bases: Sequence[Side], into: Measured) -> None:
     """Adds to `into` what there is to say of a projector with several bases."""
     from projaudit.analyses.merge import Parents
-    from projaudit.update import rounding
+    from projaudit.rounding import rounding
 
     with session.stage("merge"):
         stored = target.load()

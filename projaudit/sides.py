@@ -204,7 +204,7 @@ def _alike(ours: Sequence[Side], first: Sequence[Side]) -> bool | None:
 
 def _otherwise(ours: Sequence[Side], first: Sequence[Side]) -> list[Ambiguity]:
     """What there is to say where a second GGUF file is no rounding of the first's projector."""
-    from projaudit.update import rounding
+    from projaudit.rounding import rounding
 
     for here, there in zip(ours, first, strict=False):
         new, old = here.load(), there.load()

@@ -19,8 +19,8 @@ from projaudit.analyses.nulls import real_change
 from projaudit.analyses.responses import _shift, _states
 from projaudit.chain import forward, parse
 from projaudit.findings import Verdict
+from projaudit.pair import pair
 from projaudit.projector import Projector, locate, undeclared
-from projaudit.update import pair
 
 VISION = {
     "hidden_size": 48,

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 import projaudit
 from projaudit.errors import ProjauditError
 from projaudit.findings import Verdict
+from projaudit.pair import pair
 from projaudit.position import positioned, text_widths
 from projaudit.projector import families, locate
-from projaudit.update import LayerUpdate, pair
+from projaudit.update import LayerUpdate
 
 DATA = Path(__file__).parent / "data"
 Tensors = list[tuple[str, list[int], str]]

@@ -12,8 +12,10 @@ from models import CONFIG, P, Tensors, llava, tuned
 
 from projaudit.chain import forward
 from projaudit.errors import BaseError, UnsupportedError
+from projaudit.pair import pair
 from projaudit.projector import locate
-from projaudit.update import ProjectorUpdate, pair, rounding
+from projaudit.rounding import rounding
+from projaudit.update import ProjectorUpdate
 
 W1, W2 = f"{P}linear_1.weight", f"{P}linear_2.weight"
 B1, B2 = f"{P}linear_1.bias", f"{P}linear_2.bias"
