@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,22 @@ def families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part_of(folder: Path) -> Part:
+    """All projectors of a model; the main one is the last, as those of a list come before it."""
     checkpoint = open_checkpoint(open_local(parse_ref(str(folder))))
-    projector = projectors_of(checkpoint.readings[0], checkpoint)[0]
-    stored = load_weights(checkpoint.source, checkpoint.readings[0], projector.tensors)
-    return Part(checkpoint, projector, {name: one.tensor for name, one in stored.items()})
+    projectors = projectors_of(checkpoint.readings[0], checkpoint)
+    parts = []
+    for projector in reversed(projectors):
+        stored = load_weights(checkpoint.source, checkpoint.readings[0], projector.tensors)
+        tensors = {name: one.tensor for name, one in stored.items()}
+        parts.append(Part(checkpoint, projector, tensors))
+    return replace(parts[0], others=tuple(parts[1:]), ways=projectors)
 
 
 def other(part: Part) -> Part:
-    """The same projector with noise in all of its tensors."""
+    """The same projectors with noise in all of their tensors."""
     torch.manual_seed(1)
     noisy = {name: t + 0.3 * torch.randn_like(t) for name, t in part.tensors.items()}
-    return Part(part.checkpoint, part.projector, noisy)
+    return replace(part, tensors=noisy, others=tuple(map(other, part.others)))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode
@@ -75,6 +80,8 @@ def other(part: Part) -> Part:
         ("idefics2", False),
         ("blip-2", False),
         ("llava_gemma2", True),
+        ("qwen3_vl", False),
+        ("deepseek_vl_hybrid", False),
     ],
 )
 def test_a_projector_of_any_form_is_swapped_and_given_features(
@@ -88,7 +95,8 @@ def test_a_projector_of_any_form_is_swapped_and_given_features(
         study, _, _ = study_of(request, ours, theirs, first)
     assert theirs is not None
     speaker, side = ours
-    assert len(side) == len(tuned.tensors) == len(theirs[1])
+    every = [name for one in (tuned, *tuned.others) for name in one.tensors]
+    assert len(side) == len(every) == len(theirs[1])
     assert speaker.by_token is by_token
     assert (NO_JACOBIANS in request["notes"]) is not by_token
 
@@ -141,7 +149,7 @@ def test_a_merged_direction_moves_each_token_in_its_own_way(tmp_path: Path) -> N
 
 
 def test_where_the_image_goes_another_way_too_nothing_is_heard(tmp_path: Path) -> None:
-    tuned = part_of(vlms.save("qwen3_vl", tmp_path / "model"))
+    tuned = replace(part_of(vlms.save("qwen3_vl", tmp_path / "model")), others=(), ways=())
     with staged(tuned, other(tuned), other_model=False, device=torch.device("cpu"), seed=0) as run:
         request = {**run.request, "prompts": None, "images": None, "budget": 100}
         loaded = load(request)

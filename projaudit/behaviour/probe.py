@@ -132,6 +132,7 @@ def study_of(
         prompts=len(prompts),
         ordinary=ordinary,
         plain=speaker.features(ordinary),
+        tokens=speaker.tokens,
         size=scale,
         seed=seed,
         budget=int(request["budget"]),
@@ -155,6 +156,7 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
             fit=fit,
             test=test,
             steps=SEARCH_STEPS,
+            tokens=study.tokens,
         )
 
     ours = shortcut(study.tuned)
@@ -237,6 +239,7 @@ def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreem
             fit=seen[:fitted],
             test=seen[fitted:],
             steps=study.size.steps,
+            tokens=study.tokens,
         )
         for place, before in befores.items()
     ]
