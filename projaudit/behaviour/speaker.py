@@ -66,6 +66,11 @@ class Speaker:
         """Of the rows of an image's features, the first that are tokens of the projector itself."""
         return self._ways.tokens
 
+    @property
+    def several_ways(self) -> bool:
+        """Whether more is handed over of an image than the features of the projector itself."""
+        return bool(self._ways.others)
+
     def prepare(self, prompts: Sequence[str], image: Image) -> None:
         """Sets the prompts, by the model's own chat template; all images have the size of `image`.
 
@@ -144,7 +149,7 @@ class Speaker:
             second = self._next(images[1])
         self._ways.settle(handed, other)
         features = self.features(images[:2])
-        self.by_token = not self._ways.others and self._is_by_token(features[0])
+        self.by_token = not self.several_ways and self._is_by_token(features[0])
         moved = self._scores(features[1:], [0], [()], 1)[:, -1]
         apart = float((moved - second).abs().max())
         noise, share = (1e-4, 0.01) if self.model.dtype == torch.float32 else (0.1, 0.1)

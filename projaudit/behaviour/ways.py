@@ -103,7 +103,7 @@ class Ways:
     def _handle(
         self, number: int, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        handed: dict[int | str, Any] = {**dict(enumerate(args)), **named}
+        handed: dict[Any, Any] = {**dict(enumerate(args)), **named}
         given = {
             (number, key): value
             for key, value in handed.items()
