@@ -12,13 +12,23 @@ from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.gguf_header import read_gguf_header
 from projaudit.inert import clean
 from projaudit.mmproj import added, projector_types
+from projaudit.peft_config import NON_LORA
 from projaudit.quantised import find
 from projaudit.quantised_layouts import Packed
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
 from projaudit.torch_entries import MAGIC
 from projaudit.torch_zip import BELOW, read_torch_zip
-from projaudit.weight_files import INDEX, PICKLES, SHARD, TORCH_WEIGHTS, WEIGHTS, Ambiguity, Way
+from projaudit.weight_files import (
+    INDEX,
+    PICKLES,
+    SHARD,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    Ambiguity,
+    Way,
+    llava_takes_non_lora,
+)
 
 MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
@@ -156,7 +166,7 @@ class Readings:
         main = self.found[0].tensors
         parameters = {parameter(name): name for name in main}
         for number, group in enumerate(groups.values(), start=1):
-            kind, says = _kind_of_unread(group[0])
+            kind, says = _kind_of_unread(group[0], self._source)
             why = f"{clean(group[0], 80)}: {says}"
             try:
                 if kind == "pickle-beside" and len(self.found) == MAX_READINGS:
@@ -390,7 +400,14 @@ def _natural_key(name: str) -> list[tuple[int | str, ...]]:
     return key
 
 
-def _kind_of_unread(path: str) -> tuple[str, str]:
+def _kind_of_unread(path: str, source: Source) -> tuple[str, str]:
+    if path == NON_LORA:
+        here = "does" if llava_takes_non_lora(source) else "does not"
+        says = f"holds `llava` and `lora`, as this one's {here}"
+        return (
+            "pickle-beside",
+            f"what LLaVA's loader lays over a base where the model's name {says}",
+        )
     if path.endswith(PICKLES):
         if path.startswith("mm_projector"):
             return "pickle-beside", "a projector of its own, which LLaVA's loader lays over a base"
