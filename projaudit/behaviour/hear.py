@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.evidence import Evidence, from_plain
+from projaudit.position import SOUND
 from projaudit.projector import Projector
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ BUDGET, BUDGET_LARGE = 16_500, 4_600
 """Answers of small and of large models where the user does not say: no plan takes more."""
 SECONDS, SECONDS_LARGE = 3600.0, 86_400.0
 """Wall-clock that the process has which runs the model; the latter for a large one on a CPU."""
-_SOUND = re.compile(r"audio|sound|speech|whisper", re.IGNORECASE)
 LIBRARIES = 2 << 30
 """Bytes that torch, transformers and the activations take beside the weights."""
 
@@ -287,7 +286,7 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def hears(projector: Projector) -> bool:
     """Whether it is one of sound, by its module's name."""
-    return _SOUND.search(projector.prefix) is not None
+    return SOUND.search(projector.prefix) is not None
 
 
 def _where(projector: Projector) -> dict[str, Any]:
