@@ -34,6 +34,8 @@ MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
 _NAMED = 100  # tensors that an ambiguity lists
 
+# What training wraps a model in, and transformers does not take off the names again.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _PIECES = "DCP_SHARDING_INFO"
 _ALWAYS = {"distributed-shards", "no-index"}
 _VARIANT = re.compile(
@@ -124,7 +126,11 @@ class Readings:
             self.notes.append(
                 Ambiguity("nested-tensors", f"{clean(below[0], 80)}: {says}", tuple(below))
             )
-
+        wrapped = [name for name in best if name.startswith(_WRAPPERS)]
+        if wrapped and (way.index or {WEIGHTS, TORCH_WEIGHTS} & {*way.files}):
+            wrapper = next(w for w in _WRAPPERS if wrapped[0].startswith(w))
+            says = f"{_count(wrapped)} named {wrapper}…, where transformers looks for none"
+            self._note("nested-tensors", says, wrapped, copies)
         twice = [name for name, found in copies.items() if len(found) > 1]
         if twice:
             says = f"{_count(twice)} in more than one file; transformers takes the last file's"
