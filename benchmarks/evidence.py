@@ -203,6 +203,7 @@ def base_in(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Linear]:
                 "entry": prefix,
                 "first": asdict(first),
                 "last": f"{prefix}.linear_2.weight",
+                "beside": [],
                 "device": "cpu",
                 "dtype": "float32",
             }

@@ -16,7 +16,16 @@ from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import ProjauditError, UsageError
 from projaudit.explain import Explanation, explain
 from projaudit.inert import clean
-from projaudit.listening import Wish, depth_of, heard, left_out, standing, wish
+from projaudit.listening import (
+    Wish,
+    depth_of,
+    heard,
+    left_out,
+    not_run,
+    run_of,
+    standing,
+    wish,
+)
 from projaudit.mmproj import as_converted, as_stored
 from projaudit.opened import around, found_in, open_bases, open_target
 from projaudit.policy import load_policy
@@ -193,15 +202,18 @@ def _audit(
         partners = [counterpart(side.projector, base) for base in bases]
         measure_merge(session, side, partners, measured)
     coverage = coverages[0] if coverages else Coverage()
-    evidence, place = None, None
+    evidence, place, left = None, None, ""
     if depth == "behaviour":
-        other = counterpart(sides[0].projector, bases[0]) if bases else None
+        run = run_of(sides)
+        others = [counterpart(side.projector, bases[0]) for side in run if bases]
+        ways = found[0][1], bases[0].projectors if bases else ()
+        left = left_out(run[0], fitted) or not_run(sides, run, others)
         try:
-            evidence = heard(session, device, sides[0], other, coverage, wanted)
+            evidence = heard(session, device, run, others, ways, fitted, coverage, wanted)
         except CouldNotProbe as why:
             not_probed = why.reason
         else:
-            place = standing(wanted, evidence, sides[0].projector, measured.measurements)
+            place = standing(wanted, evidence, run[0].projector, measured.measurements)
             measured.ask(session, "behaviour", "behaviour", Behaviour(evidence, place))
     return Audit(
         target=target,
@@ -214,6 +226,5 @@ def _audit(
         evidence=evidence,
         standing=place,
         without_base=without_base,
-        projectors=len(sides),
-        left_out=left_out(sides[0]),
+        left_out=left,
     )

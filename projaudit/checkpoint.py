@@ -325,7 +325,16 @@ def _nothing_to_read(source: Source, root: Sequence[str]) -> NothingError | Unsu
             file=clean(source.name),
             remedy="it is read as a target only; merge it into its base and name the result",
         )
-    return NothingError("holds no model weights", "weights", file=clean(source.name))
+    # Where peft saves adapters that have names.
+    below = [
+        path.rpartition("/")[0] for path in source.files if path.endswith("/adapter_config.json")
+    ]
+    return NothingError(
+        "holds no model weights",
+        "weights",
+        file=clean(source.name),
+        remedy=f"an adapter lies in its folder {clean(below[0], 80)}: name that" if below else "",
+    )
 
 
 def _not_read(where: str, path: str) -> UnsupportedError:

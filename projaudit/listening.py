@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,9 @@ from projaudit.behaviour.asked import Asked, find_images, read_prompts
 from projaudit.behaviour.hear import (
     Part,
     announce,
+    by_role,
     hear,
+    hears,
     host,
     require_runnable,
     require_unasked,
@@ -31,6 +33,7 @@ from projaudit.session import Session
 if TYPE_CHECKING:
     import torch
 
+    from projaudit.adapters import Fit
     from projaudit.sides import Side
 
 Depth = Literal["weights", "behaviour"]
@@ -88,34 +91,44 @@ def depth_of(wanted: str, target: Checkpoint, device: torch.device) -> tuple[Dep
     return "behaviour", ""
 
 
+def run_of(sides: Sequence[Side]) -> list[Side]:
+    """Those that are run, together: the first reading's, with an adapter beside it merged in.
+
+    First the one whose features are moved along directions: of images, and none of a numbered list.
+    """
+    merged = {s.projector.tensors: s for s in sides if s.reading.label == "adapter"}
+    first = [side for side in sides if side.reading is sides[0].reading]
+    run = [merged.get(side.projector.tensors, side) for side in first]
+    return sorted(
+        run, key=lambda s: (hears(s.projector), s.projector.prefix.rpartition(".")[2].isdigit())
+    )
+
+
 def heard(
     session: Session,
     device: torch.device,
-    target: Side,
-    base: Side | None,
+    target: Sequence[Side],
+    base: Sequence[Side],
+    ways: tuple[Sequence[Projector], Sequence[Projector]],
+    fitted: Fit | None,
     coverage: Coverage,
     wish: Wish,
 ) -> Evidence:
-    """What depth behaviour brought back; raises CouldNotProbe."""
+    """What depth behaviour brought back; raises CouldNotProbe.
 
-    def part(side: Side) -> Part:
-        tensors = {name: stored.tensor for name, stored in side.load().items()}
-        ours = {*side.projector.tensors, *side.projector.unexpected}
-        return Part(
-            side.checkpoint,
-            side.projector,
-            tensors,
-            adapted=side.fit is not None,
-            alone=side.reading.metadata is not None or ours.issuperset(side.reading.shapes),
-            left=left_out(side),
-        )
-
+    Of the sides that are run and their counterparts in the base, if there is one; `ways` are all
+    the projectors of either's model.
+    """
+    if hears(target[0].projector):
+        raise CouldNotProbe("its projector is one of sound, which is not asked about")
     with session.stage("behaviour"):
-        ours, theirs = part(target), None if base is None else part(base)
-        run = host(ours, theirs).checkpoint
-        require_runnable(run, device)  # before it is said that it will run
+        ours = _part(target, ways[0], fitted)
+        theirs = _part(base, ways[1]) if base else None
+        run = host(ours, theirs)
+        # Before it is said that it will run.
+        require_runnable(run.checkpoint, device, adapter_read=run.adapter_read)
         if session.notify:
-            session.notify(announce(run, wish.asked, device))
+            session.notify(announce(run.checkpoint, wish.asked, device))
         return hear(
             ours,
             theirs,
@@ -127,10 +140,30 @@ def heard(
         )
 
 
-def left_out(side: Side) -> str:
+def _part(sides: Sequence[Side], ways: Sequence[Projector], fitted: Fit | None = None) -> Part:
+    side = sides[0]
+    names = {name for one in sides for name in one.projector.tensors}
+    ours = names.union(*(one.projector.unexpected for one in sides))
+    held = None
+    if side.fit is not None:
+        held = {name: stored.tensor for name, stored in replace(side, fit=None).load().items()}
+    return Part(
+        side.checkpoint,
+        side.projector,
+        {name: stored.tensor for name, stored in side.load().items()},
+        held=held,
+        adapter_read=fitted is not None,
+        alone=side.reading.metadata is not None or ours.issuperset(side.reading.shapes),
+        left=left_out(side, fitted),
+        others=tuple(_part([one], ()) for one in sides[1:]),
+        ways=tuple(ways),
+    )
+
+
+def left_out(side: Side, fitted: Fit | None) -> str:
     """What of the audited model is not in the one that is run; empty where it is all of it."""
-    if side.fit is not None and side.fit.elsewhere:
-        many = len(side.fit.elsewhere)
+    if fitted is not None and fitted.elsewhere:
+        many = len(fitted.elsewhere)
         return (
             f"the {many} tensors of the adapter that change the rest of the model were left out: "
             "its projector was run in the model that it is for"
@@ -141,6 +174,36 @@ def left_out(side: Side) -> str:
             "tower, nor the text model that goes with it"
         )
     return ""
+
+
+def not_run(sides: Sequence[Side], run: Sequence[Side], base: Sequence[Side]) -> str:
+    """Which of the projectors that were audited was not heard; empty where all of them were.
+
+    Weights beside an adapter that are the base's have nothing to say without it.
+    """
+    for side in sides:
+        if side in run:
+            if hears(side.projector):
+                return f"{clean(side.projector.prefix, 80)} is one of sound: it was not asked about"
+            continue
+        merged = [i for i, one in enumerate(run) if one.projector == side.projector and one.fit]
+        if side.reading is not sides[0].reading or not merged:
+            return "only the projector that transformers loads first was run"
+        if not base or not _alike(side, base[merged[0]]):
+            return "the weights were run with the adapter beside them only"
+    return ""
+
+
+def _alike(side: Side, base: Side) -> bool:
+    """Whether a projector holds the values of the base's."""
+    try:
+        theirs = by_role(side.projector, _part([base], ()))
+    except CouldNotProbe:
+        return False
+    ours = {name: stored.tensor for name, stored in side.load().items()}
+    return ours.keys() == theirs.keys() and all(
+        bool((ours[name].float() == theirs[name].float()).all()) for name in ours
+    )
 
 
 def teller(session: Session) -> Callable[[str, int, int], None]:
@@ -187,7 +250,6 @@ def unheard(
     depth: Depth,
     not_probed: str,
     evidence: Evidence | None,
-    projectors: int,
     left: str,
 ) -> str:
     """What a verdict at depth behaviour lacks; empty where nothing is missing or wanted."""
@@ -200,8 +262,4 @@ def unheard(
             f"the budget of {evidence.budget:,} answers was spent after {evidence.probes} of "
             f"{evidence.planned} probes"
         )
-    if left:
-        return left
-    if projectors > 1:
-        return "only the projector that transformers loads first was run"
-    return ""
+    return left

@@ -89,8 +89,6 @@ def _check_types(config: Mapping[str, object]) -> None:
     for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         if not isinstance(config.get(key), (bool, type(None))):
             raise wrong("is neither true nor false", key)
-    for key in ("r", "init_r"):
-        count(config, key, 8)
     for key in ("lora_alpha", "alpha"):
         number(config, key, 8)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -150,16 +148,16 @@ def _as_number(value: object, key: str) -> float:
 def _by_pattern(config: Mapping[str, object], key: str, path: str) -> tuple[object, ...]:
     """What the first key of a pattern that matches a module's path says; () where none does.
 
-    As `peft.utils.other.get_pattern_key`. The path is that of the adapter's transformers, which
-    may or may not have had `model.` in front: both have to give the same.
+    As `peft.utils.other.get_pattern_key`. The path is that of the adapter's transformers. One with
+    `model.` in front is that of the model it is loaded into, too; one without may have it there,
+    and then both have to give the same.
     """
     patterns = config.get(key) or {}
     assert isinstance(patterns, dict)
     if not patterns:
         return ()
-    short = path.removeprefix("model.")
     answers = []
-    for spelled in dict.fromkeys((path, short, f"model.{short}")):
+    for spelled in (path,) if path.startswith("model.") else (path, f"model.{path}"):
         hit = next((p for p in patterns if _matches(p, spelled, key)), None)
         answers.append(() if hit is None else (patterns[hit],))
     if any(answer != answers[0] for answer in answers):

@@ -38,7 +38,7 @@ _OTHER = re.compile(
     r"|patch_emb\w*|high_res\w*|pre_encode|vit_merger|pos_emb|\w*patch_projection|\w*conv_projection|subsampl\w*|\w*reduction"
     r"|text_projection|feature_projection|projection_head|embedding_proj_layer|project_down"
     r"|self_attn|attention|depth_decoder|code2wav|token2wav|vocoder|llm2vae|speaker\w*"
-    r"|\w*gen_dec\w*)$|action|state_proj|diffusion|altup|per_layer|downsampl|upsampl",
+    r"|\w*gen_dec\w*)$|action|state_proj|diffusion|self_conditioning|altup|per_layer|downsampl|upsampl",
     re.IGNORECASE,
 )
 _LANGUAGE = re.compile(
@@ -49,7 +49,7 @@ _BLOCK = re.compile(r"att(n|ention)?([._]|$)|mlp|ffn|feed_forward|mixer", re.IGN
 _TOWER = re.compile(
     r"vision|visual|audio|image|^vit$|speech|whisper|perception|sam|siglip|clip|dino", re.IGNORECASE
 )
-_SOUND = re.compile(r"audio|speech|sound|whisper|^(mm\.)?a\.", re.IGNORECASE)
+SOUND = re.compile(r"audio|speech|sound|whisper|^(mm\.)?a\.", re.IGNORECASE)
 _POOLING = re.compile(r"\.(head|attn_pool)\.")
 _EMBEDDING = re.compile(r"^(?!.*(proj|visual|vision|image)).*(position|embed)", re.IGNORECASE)
 _STEM = re.compile(r"patch_?emb|stem|conv(2d)?1|patch_conv", re.IGNORECASE)
@@ -74,7 +74,7 @@ def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[
     found |= set(_kin(found, shapes, paths, stacks))
     if not found and not stacks and _is_alone(shapes):
         found = set(shapes)
-    sound = set(filter(_SOUND.search, found))
+    sound = set(filter(SOUND.search, found))
     groups = [[n for n in shapes if n in part] for part in (found - sound, sound)]
     return [tuple(group) for group in groups if group]
 

@@ -12,18 +12,30 @@ from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.gguf_header import read_gguf_header
 from projaudit.inert import clean
 from projaudit.mmproj import added, projector_types
+from projaudit.peft_config import NON_LORA
 from projaudit.quantised import find
 from projaudit.quantised_layouts import Packed
 from projaudit.safetensors_header import PROBE, Header, TensorInfo, read_header
 from projaudit.source import Source
 from projaudit.torch_entries import MAGIC
 from projaudit.torch_zip import BELOW, read_torch_zip
-from projaudit.weight_files import INDEX, PICKLES, SHARD, TORCH_WEIGHTS, WEIGHTS, Ambiguity, Way
+from projaudit.weight_files import (
+    INDEX,
+    PICKLES,
+    SHARD,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    Ambiguity,
+    Way,
+    llava_takes_non_lora,
+)
 
 MAX_TENSORS = 2_000_000
 MAX_READINGS = 16
 _NAMED = 100  # tensors that an ambiguity lists
 
+# What training wraps a model in, and transformers does not take off the names again.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _PIECES = "DCP_SHARDING_INFO"
 _ALWAYS = {"distributed-shards", "no-index"}
 _VARIANT = re.compile(
@@ -114,7 +126,11 @@ class Readings:
             self.notes.append(
                 Ambiguity("nested-tensors", f"{clean(below[0], 80)}: {says}", tuple(below))
             )
-
+        wrapped = [name for name in best if name.startswith(_WRAPPERS)]
+        if wrapped and (way.index or {WEIGHTS, TORCH_WEIGHTS} & {*way.files}):
+            wrapper = next(w for w in _WRAPPERS if wrapped[0].startswith(w))
+            says = f"{_count(wrapped)} named {wrapper}…, where transformers looks for none"
+            self._note("nested-tensors", says, wrapped, copies)
         twice = [name for name, found in copies.items() if len(found) > 1]
         if twice:
             says = f"{_count(twice)} in more than one file; transformers takes the last file's"
@@ -156,7 +172,7 @@ class Readings:
         main = self.found[0].tensors
         parameters = {parameter(name): name for name in main}
         for number, group in enumerate(groups.values(), start=1):
-            kind, says = _kind_of_unread(group[0])
+            kind, says = _kind_of_unread(group[0], self._source)
             why = f"{clean(group[0], 80)}: {says}"
             try:
                 if kind == "pickle-beside" and len(self.found) == MAX_READINGS:
@@ -390,7 +406,14 @@ def _natural_key(name: str) -> list[tuple[int | str, ...]]:
     return key
 
 
-def _kind_of_unread(path: str) -> tuple[str, str]:
+def _kind_of_unread(path: str, source: Source) -> tuple[str, str]:
+    if path == NON_LORA:
+        here = "does" if llava_takes_non_lora(source) else "does not"
+        says = f"holds `llava` and `lora`, as this one's {here}"
+        return (
+            "pickle-beside",
+            f"what LLaVA's loader lays over a base where the model's name {says}",
+        )
     if path.endswith(PICKLES):
         if path.startswith("mm_projector"):
             return "pickle-beside", "a projector of its own, which LLaVA's loader lays over a base"

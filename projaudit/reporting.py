@@ -51,10 +51,8 @@ class Audit:
     standing: Standing | None
     without_base: str
     """Why there is no base; empty where there is one."""
-    projectors: int
-    """Of the target, over all its readings."""
     left_out: str
-    """What of the audited model is not in the one that was run; empty where it is all of it."""
+    """What was audited and not run; empty where it is all of it."""
 
 
 def report_of(
@@ -85,7 +83,6 @@ def report_of(
         audit.depth,
         audit.not_probed,
         audit.evidence,
-        audit.projectors,
         audit.left_out,
     )
     if missing:

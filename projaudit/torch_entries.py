@@ -62,8 +62,6 @@ def entries_of(source: Source, path: str, size: int) -> dict[str, Entry]:
         inner = name.removeprefix(prefix)
         if not name.startswith(prefix) or not _is_plain(prefix):
             raise bad(path, "lies outside of the archive's own folder", name)
-        if inner == "constants.pkl" or inner.startswith("code/"):
-            raise unsupported(path, "holds a TorchScript program")
         if inner not in _RECORDS and not STORAGE.fullmatch(inner):
             raise bad(path, "is nothing that torch.save writes", name)
         if inner in entries:
@@ -128,6 +126,9 @@ def _directory(data: bytes, count: int, path: str) -> list[tuple[str, int, int, 
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
             raise bad(path, "has an entry whose name is not UTF-8") from None
+        inside = name.partition("/")[2]
+        if inside == "constants.pkl" or inside.startswith("code/"):  # which torch compresses
+            raise unsupported(path, "holds a TorchScript program")
         if flags & ~(_DESCRIPTOR | _UTF8) or method or need > 45 or disk or comment:
             fault = "is compressed" if method else "is encrypted, split or of an unknown kind"
             raise bad(path, fault, name)

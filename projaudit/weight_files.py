@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.inert import clean
+from projaudit.peft_config import NON_LORA
 from projaudit.source import Source
 from projaudit.strict import JSON_LIMIT, load_json
 
@@ -16,6 +17,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+LLAVA_PROJECTOR = "mm_projector.bin"
 TRANSFORMERS = (5, 23, 0)
 """The release of transformers whose choice of files is mirrored here."""
 
@@ -124,12 +126,26 @@ def _torch_ways(source: Source) -> list[Way]:
     return ways
 
 
+def llava_takes_non_lora(source: Source) -> bool:
+    """Whether LLaVA's loader, given a base, takes NON_LORA for the projector, and no other file.
+
+    By the name of the repository, as llava/model/builder.py and `get_model_name_from_path` do.
+    """
+    path = source.ref.path
+    *_, before, last = ["", *(source.name if path is None else str(path.absolute())).split("/")]
+    named = (f"{before}_{last}" if last.startswith("checkpoint-") else last).lower()
+    return "llava" in named and "lora" in named
+
+
 def _only_pickles(pickles: Sequence[str]) -> Way:
     """What a loader that is told the file's name takes; no name here is one that loaders know."""
     shards = [SHARD.fullmatch(path) for path in pickles]
     sets = {match.group("stem", "total", "tail") for match in shards if match}
     if len(pickles) == 1 or (all(shards) and len(sets) == 1):
         return Way("default", f"{clean(pickles[0], 80)}, the only weights", tuple(pickles))
+    if {*pickles} == {LLAVA_PROJECTOR, NON_LORA}:
+        why = f"{LLAVA_PROJECTOR}, which LLaVA's loader lays over a base, if not {NON_LORA}"
+        return Way("default", why, (LLAVA_PROJECTOR,))
     why = "there are several files of torch.save, and none that loaders take by its name"
     return Way("all-files", why, tuple(pickles), kind="no-index")
 

@@ -134,6 +134,10 @@ METHODS = {
         r=4, lora_alpha=16, target_modules=LINEARS,
         rank_pattern={"linear_1": 2, r"multi.*_2": 8}, alpha_pattern={"projector.linear_2": 3},
     ),
+    "whole-paths": lambda: peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=LINEARS,
+        alpha_pattern={"model.multi_modal_projector.linear_2": 3, "^linear_1": 5},
+    ),
     "saved": lambda: peft.LoraConfig(
         r=4, target_modules=["up_proj"], modules_to_save=["multi_modal_projector"]
     ),
@@ -355,12 +359,11 @@ def test_a_bare_transposed_matrix_of_target_parameters(tmp_path: Path) -> None:
         ({"alpha_pattern": {"linear_1": None}}, "format.adapter", "no number"),
         ({"rank_pattern": {"(a+)+$": 4}}, "unsupported.adapter", "expression"),
         ({"alpha_pattern": {"(a|aa)*b": 4}}, "unsupported.adapter", "expression"),
-        ({"alpha_pattern": {"^model.*1": 4}}, "unsupported.adapter", "by how it is spelled"),
         ({"target_parameters": "x"}, "format.adapter", "no list"),
         ({"peft_type": None}, "format.adapter", "names no method"),
         ({"peft_type": ["LORA"]}, "format.adapter", "names no method"),
         ({"peft_type": "XLORA"}, "unsupported.adapter", "not merged"),
-        ({"peft_type": "OFT"}, "unsupported.adapter", "OFT"),
+        ({"peft_type": "OFT", "r": 0}, "unsupported.adapter", "OFT"),
         ({"peft_type": "\x1b[2Jevil"}, "unsupported.adapter", "not merged"),
         ({"init_lora_weights": "pissa"}, "unsupported.adapter", "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "unsupported.adapter", "pissa"),
@@ -383,6 +386,25 @@ def test_configs_that_are_wrong_contradictory_or_of_other_methods(
     assert caught.value.code == code
     assert "\x1b" not in str(caught.value)
     assert isinstance(caught.value, (FormatError, UnsupportedError, LimitError))
+
+
+def test_a_pattern_of_one_generations_paths_is_not_applied_to_anothers(
+    tmp_path: Path, written: dict[str, Path]
+) -> None:
+    """An adapter from before `model.` stood in front, in a model where it does."""
+    folder = copied(written["lora"], tmp_path)
+    rename(folder, "base_model.model.model.", "base_model.model.")
+    edit(folder, alpha_pattern={"^model.*1": 4})
+    with pytest.raises(UnsupportedError, match="by how it is spelled"):
+        fitted(folder)
+    edit(folder, alpha_pattern={"multi_modal_projector.linear_1": 4})
+    assert fitted(folder)[0].parts
+
+
+def test_adapters_with_names_are_said_to_lie_in_folders(tmp_path: Path) -> None:
+    adapter(tmp_path / "ad" / "vision", METHODS["lora"]())
+    with pytest.raises(ProjauditError, match="an adapter lies in its folder vision: name that"):
+        open_checkpoint(open_local(parse_ref(str(tmp_path / "ad"))))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA", "lora_alpha": NaN}'])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from projaudit.behaviour import sandbox
 from projaudit.behaviour.hear import Part, staged
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.plan import plan
-from projaudit.behaviour.probe import NO_JACOBIANS, study_of
+from projaudit.behaviour.probe import NO_JACOBIANS, OTHER_WAYS, study_of
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import load_weights, open_checkpoint
 from projaudit.data import data_path
@@ -50,17 +50,22 @@ def families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part_of(folder: Path) -> Part:
+    """All projectors of a model; the main one is the last, as those of a list come before it."""
     checkpoint = open_checkpoint(open_local(parse_ref(str(folder))))
-    projector = projectors_of(checkpoint.readings[0], checkpoint)[0]
-    stored = load_weights(checkpoint.source, checkpoint.readings[0], projector.tensors)
-    return Part(checkpoint, projector, {name: one.tensor for name, one in stored.items()})
+    projectors = projectors_of(checkpoint.readings[0], checkpoint)
+    parts = []
+    for projector in reversed(projectors):
+        stored = load_weights(checkpoint.source, checkpoint.readings[0], projector.tensors)
+        tensors = {name: one.tensor for name, one in stored.items()}
+        parts.append(Part(checkpoint, projector, tensors))
+    return replace(parts[0], others=tuple(parts[1:]), ways=projectors)
 
 
 def other(part: Part) -> Part:
-    """The same projector with noise in all of its tensors."""
+    """The same projectors with noise in all of their tensors."""
     torch.manual_seed(1)
     noisy = {name: t + 0.3 * torch.randn_like(t) for name, t in part.tensors.items()}
-    return Part(part.checkpoint, part.projector, noisy)
+    return replace(part, tensors=noisy, others=tuple(map(other, part.others)))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode
@@ -75,6 +80,8 @@ def other(part: Part) -> Part:
         ("idefics2", False),
         ("blip-2", False),
         ("llava_gemma2", True),
+        ("qwen3_vl", False),
+        ("deepseek_vl_hybrid", False),
     ],
 )
 def test_a_projector_of_any_form_is_swapped_and_given_features(
@@ -88,7 +95,8 @@ def test_a_projector_of_any_form_is_swapped_and_given_features(
         study, _, _ = study_of(request, ours, theirs, first)
     assert theirs is not None
     speaker, side = ours
-    assert len(side) == len(tuned.tensors) == len(theirs[1])
+    every = [name for one in (tuned, *tuned.others) for name in one.tensors]
+    assert len(side) == len(every) == len(theirs[1])
     assert speaker.by_token is by_token
     assert (NO_JACOBIANS in request["notes"]) is not by_token
 
@@ -141,12 +149,84 @@ def test_a_merged_direction_moves_each_token_in_its_own_way(tmp_path: Path) -> N
 
 
 def test_where_the_image_goes_another_way_too_nothing_is_heard(tmp_path: Path) -> None:
-    tuned = part_of(vlms.save("qwen3_vl", tmp_path / "model"))
+    tuned = replace(part_of(vlms.save("qwen3_vl", tmp_path / "model")), others=(), ways=())
     with staged(tuned, other(tuned), other_model=False, device=torch.device("cpu"), seed=0) as run:
         request = {**run.request, "prompts": None, "images": None, "budget": 100}
         loaded = load(request)
         with pytest.raises(CouldNotProbe, match="not all that the language model has of an image"):
             study_of(request, *loaded)
+
+
+DEEPSTACK = "model.visual.deepstack_merger_list.0.linear_fc2.weight"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL, whose image enters by a merger and by a second one beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlms, "FAMILIES", vlms.FAMILIES | MORE)
+        return vlms.save("qwen3_vl", tmp_path_factory.mktemp("several") / "base")
+
+
+def tuned_of(base: Path, folder: Path, *words: str) -> Path:
+    """The base with a little noise in the tensors whose names hold one of the words."""
+    shutil.copytree(base, folder)
+    torch.manual_seed(5)
+    tensors = load_file(base / WEIGHTS)
+    for name, tensor in tensors.items():
+        if any(word in name for word in words):
+            tensors[name] = tensor + 0.02 * torch.randn_like(tensor)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def test_an_ordinary_tune_of_several_projectors_hides_nothing(
+    several: Path, tmp_path: Path
+) -> None:
+    tuned = tuned_of(several, tmp_path / "model", "merger")
+    report = projaudit.check(str(tuned), str(several), depth="behaviour", seed=0, budget=400)
+    evidence = report.behaviour
+    assert evidence is not None, report.not_probed
+    assert evidence.with_base
+    assert evidence.payloads == ()
+    assert OTHER_WAYS in evidence.notes
+    assert [one for one in report.findings if one.rule.startswith("hidden")] == []
+    assert "budget" in inconclusive(report)[0]
+
+
+def test_what_is_run_of_several_projectors_is_all_that_was_audited(
+    several: Path, tmp_path: Path, requests: list[Any]
+) -> None:
+    tuned = tuned_of(several, tmp_path / "model", "deepstack_merger")
+    report = projaudit.check(str(tuned), str(several), depth="behaviour", seed=0)
+    assert report.not_probed == ""
+    assert inconclusive(report) == []
+    ((request, ((_, ours), (_, theirs), first)),) = requests
+    assert first.weight == "model.visual.merger.linear_fc1.weight"
+    for side, folder in ((ours, tuned), (theirs, several)):
+        whole = load_file(folder / WEIGHTS)
+        assert {*side} == {name for name in whole if "merger" in name}
+        for name, tensor in side.items():
+            assert torch.equal(tensor, whole[name])
+    assert [other["seen"] for other in request["beside"]] == [True]
+    assert not torch.equal(ours[DEEPSTACK], theirs[DEEPSTACK])
+
+
+def test_an_adapter_of_one_of_several_projectors_is_run_beside_the_others(
+    several: Path, tmp_path: Path, requests: list[Any]
+) -> None:
+    torch.manual_seed(4)
+    factors = {"A": torch.randn(2, 64), "B": torch.randn(32, 2)}
+    module = DEEPSTACK.removesuffix(".weight")
+    named = {f"{module}.lora_{side}.weight": factor for side, factor in factors.items()}
+    adapter(tmp_path / "model", named, target_modules=["linear_fc2"])
+    report = projaudit.check(str(tmp_path / "model"), str(several), depth="behaviour", seed=0)
+    assert report.not_probed == ""
+    assert inconclusive(report) == []
+    ((request, ((_, ours), _, _)),) = requests
+    wanted = load_file(several / WEIGHTS)[DEEPSTACK] + 2.0 * factors["B"] @ factors["A"]
+    torch.testing.assert_close(ours[DEEPSTACK], wanted)
+    assert [other["prefix"] for other in request["beside"]] == ["model.visual.merger"]
 
 
 # ------------------------------------------------------------------ formats and adapters
@@ -338,6 +418,64 @@ def test_a_projector_alone_and_an_adapter_are_run_in_the_model_of_their_base(
         assert report.verdict is not projaudit.Verdict.PASS
     else:
         assert inconclusive(report) == []
+
+
+def whole_beside(folder: Path, weights: Path, make: Form) -> None:
+    """Full weights with an adapter beside them."""
+    make(folder)
+    for file in TUNED.iterdir():
+        if file.name not in ("README.md", WEIGHTS):
+            shutil.copy(file, folder)
+    shutil.copy(weights / WEIGHTS, folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "weights", "says"),
+    [
+        (low_rank, BASE, ""),
+        (low_rank, TUNED, "the weights were run with the adapter beside them only"),
+        (low_rank_everywhere, BASE, "the 2 tensors of the adapter that change the rest"),
+        (saved_module, BASE, ""),
+    ],
+    ids=["lora", "lora-on-tuned", "lora-everywhere", "saved-module"],
+)
+def test_an_adapter_beside_full_weights_is_run_in_them(
+    tmp_path: Path, requests: list[Any], make: Form, weights: Path, says: str
+) -> None:
+    whole_beside(tmp_path / "model", weights, make)
+    report, (_, speaker, tuned) = audited(tmp_path / "model", requests)
+    stored = load_file(weights / WEIGHTS)
+    if make is saved_module:
+        wanted = PROJECTOR[LAST].float()
+    else:
+        factors = load_file(tmp_path / "model" / "adapter_model.safetensors")
+        a, b = (factors[f"base_model.model.{LAST[:-7]}.lora_{s}.weight"] for s in "AB")
+        wanted = stored[LAST].float() + 2.0 * b @ a
+    torch.testing.assert_close(tuned["linear_2.weight"], wanted, atol=1e-6, rtol=1e-6)
+    whole = stored["language_model.model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(rest_of(speaker), whole.float())
+    assert [says in reason for reason in inconclusive(report)] == ([True] if says else [])
+
+
+def test_an_adapter_beside_full_weights_that_leaves_the_projector_alone(
+    tmp_path: Path, requests: list[Any]
+) -> None:
+    whole_beside(tmp_path / "model", TUNED, low_rank_everywhere)
+    file = tmp_path / "model" / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "q_proj" in n}, file)
+    report, (_, _, tuned) = audited(tmp_path / "model", requests)
+    assert torch.equal(tuned["linear_2.weight"], PROJECTOR[LAST].float())
+    assert "tensors of the adapter that change the rest" in inconclusive(report)[0]
+
+
+def test_an_adapter_that_is_not_read_is_a_reason(tmp_path: Path, requests: list[Any]) -> None:
+    whole_beside(tmp_path / "model", TUNED, low_rank)
+    config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    config["peft_type"] = "VERA"
+    (tmp_path / "model" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(projaudit.ProjauditError, match="VERA"):
+        projaudit.check(str(tmp_path / "model"), str(BASE), depth="behaviour", seed=0)
+    assert requests == []
 
 
 def test_a_quantised_weight_that_is_not_read_is_a_reason(

@@ -513,6 +513,21 @@ def test_a_state_dict_one_level_down_is_not_what_transformers_loads(
 
 
 @quiet
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_names_with_the_wrappers_of_training_are_not_what_transformers_loads(
+    repo: Repo, saved_llava: Path, wrapper: str, file: str
+) -> None:
+    repo.remove("model.safetensors")
+    put(repo, file, {f"{wrapper}{name}": t for name, t in updated(repo, 1).items()})
+    report = audit(repo.folder, saved_llava)
+    (side,) = audited(report, repo.folder)
+    assert side["linear_1.weight"] != raw(transformers(repo.folder)["linear_1.weight"])
+    assert "ambiguous-sources" in rules_of(report)
+    assert report.verdict is not Verdict.PASS
+
+
+@quiet
 def test_an_index_that_leads_out_of_the_folder_is_followed_by_its_loader_only(
     repo: Repo, saved_llava: Path
 ) -> None:

@@ -238,6 +238,27 @@ def test_a_llava_lora_is_audited_by_the_projector_beside_it(
     assert parts["language model"].how == "2 tensors of the adapter change it"
 
 
+@pytest.mark.parametrize(
+    ("name", "here"), [("llava-lora", "does"), ("my-llava", "does not"), ("tuned-lora", "does not")]
+)
+def test_of_both_files_of_llava_both_are_audited_and_the_loader_s_choice_is_said(
+    tmp_path: Path, name: str, here: str
+) -> None:
+    base = save(tmp_path / "base", original(BASE), config=ORIGINAL)
+    folder = llava_lora(tmp_path / name)
+    other = {n: t * 1.01 for n, t in original(TUNED).items() if "mm_projector" in n}
+    torch.save(other, folder / "mm_projector.bin")
+    report = audit(folder, base)
+    readings = [found.reading.partition(": ")[0] for found in report.projectors]
+    assert readings == ["main", "pickle-beside-1", "adapter"]
+    assert "mm_projector.bin, which LLaVA's loader lays over a base" in report.projectors[0].reading
+    norms = {m.subject: m.value for m in report.measurements if m.metric == "relative_norm"}
+    assert len(set(norms.values())) > 1  # each was measured as itself
+    said = told(report, "ambiguous-sources")
+    assert f"the model's name holds `llava` and `lora`, as this one's {here}" in said
+    assert report.verdict is not Verdict.PASS
+
+
 def test_a_projector_file_beside_a_lora_is_the_one_that_is_audited(tmp_path: Path) -> None:
     """LLaVA lays mm_projector.bin over a base, and the adapter of the language model on that."""
     base = save(tmp_path / "base", original(BASE), config=ORIGINAL)

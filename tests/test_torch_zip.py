@@ -9,6 +9,7 @@ import random
 import stat
 import struct
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -301,6 +302,15 @@ def parts_of(content: object) -> dict[str, bytes]:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
+def scripted() -> bytes:
+    """What torch.jit.save writes, some of it compressed."""
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(3, 3)), out)
+    return out.getvalue()
+
+
 def zipped(
     parts: Mapping[str, bytes] | Sequence[tuple[str, bytes]],
     prefix: str = "archive/",
@@ -478,6 +488,7 @@ EVIL: Mapping[str, tuple[str, str, Callable[[], bytes]]] = {
         "TorchScript",
         lambda: zipped({**PARTS, "code/__torch__.py": b""}),
     ),
+    "TorchScript as torch writes it": (NOT_READ, "TorchScript", lambda: scripted()),
     "a storage of no tensor": (
         ZIP,
         "storage of no tensor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from vlms import IDEFICS, LM, qwen_processor, tokenizer
+from vlms import IDEFICS, LLAVA, LM, qwen_processor, siglip, tokenizer
 
 FORMER = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -84,4 +84,30 @@ def qwen3_vl() -> tuple[Any, Any]:
     return hf.Qwen3VLForConditionalGeneration(config), processor
 
 
-MORE = {"blip-2": blip2, "idefics2": idefics2, "qwen3_vl": qwen3_vl}
+def deepseek_vl_hybrid() -> tuple[Any, Any]:
+    """DeepSeek-VL of 7B: one aligner reads the features of two encoders."""
+    words = tokenizer("<image_placeholder>", image_token="<image_placeholder>")
+    images = hf.DeepseekVLHybridImageProcessorPil(
+        size={"height": 16, "width": 16}, high_res_size={"height": 32, "width": 32}, min_size=4
+    )
+    template = LLAVA.replace("<image>", "<image_placeholder>")
+    processor = hf.DeepseekVLHybridProcessor(
+        images, words, chat_template=template, num_image_tokens=16
+    )
+    config = hf.DeepseekVLHybridConfig(
+        vision_config={**siglip(16, 4), "vision_use_head": False},
+        high_res_vision_config={
+            "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "mlp_dim": 32,
+            "num_attention_heads": 2, "image_size": 32, "patch_size": 4, "window_size": 4,
+            "global_attn_indexes": [1], "num_pos_feats": 8,
+        },
+        text_config={"model_type": "llama", **LM, "vocab_size": len(words)},
+        image_token_id=words.convert_tokens_to_ids("<image_placeholder>"),
+    )  # fmt: skip
+    return hf.DeepseekVLHybridForConditionalGeneration(config), processor
+
+
+MORE = {
+    "blip-2": blip2, "idefics2": idefics2, "qwen3_vl": qwen3_vl,
+    "deepseek_vl_hybrid": deepseek_vl_hybrid,
+}  # fmt: skip

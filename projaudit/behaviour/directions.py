@@ -75,6 +75,7 @@ def _of_first(
     found = []
     for number, row in enumerate(rows, 1):
         back = speaker.pulled(first.weight, row, features[:1])
+        back = None if back is None else back[: speaker.tokens]
         if back is not None and float(back.norm()) > 0:
             found.append(InputDirection("ΔW₁", number, back / back.norm(dim=-1).mean()))
     return found

@@ -20,6 +20,7 @@ from projaudit.behaviour.stage import require_parts, stage, to_download
 from projaudit.checkpoint import Checkpoint
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.evidence import Evidence, from_plain
+from projaudit.position import SOUND
 from projaudit.projector import Projector
 
 if TYPE_CHECKING:
@@ -43,12 +44,18 @@ class Part:
     projector: Projector
     tensors: Mapping[str, torch.Tensor]
     """By name on disk, in their storage dtype."""
-    adapted: bool = False
-    """Whether an adapter was merged into what the checkpoint holds."""
+    held: Mapping[str, torch.Tensor] | None = None
+    """What the checkpoint holds, where an adapter was merged into that; None: `tensors`."""
+    adapter_read: bool = False
+    """Whether an adapter beside the weights is what was merged, or changes no projector."""
     alone: bool = False
     """Whether its files hold no more of a model than a projector: it is run in its base's."""
     left: str = ""
     """What of the model that was audited is not in the one that is run."""
+    others: tuple[Part, ...] = ()
+    """The other projectors that were audited with it; the base's in the target's order."""
+    ways: tuple[Projector, ...] = ()
+    """All the projectors of its model, where there are others."""
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -77,13 +84,15 @@ def host(target: Part, base: Part | None) -> Part:
     return base
 
 
-def require_runnable(checkpoint: Checkpoint, device: torch.device) -> None:
+def require_runnable(
+    checkpoint: Checkpoint, device: torch.device, *, adapter_read: bool = False
+) -> None:
     """Raises CouldNotProbe where depth behaviour cannot be run here: cheap, downloads nothing."""
     require_extra()
     if checkpoint.source.ref.path is not None and not checkpoint.source.ref.path.is_dir():
         raise CouldNotProbe("a single file has no language model, tokenizer and vision tower")
     _require_memory(memory(checkpoint, device), device)
-    require_parts(checkpoint.source)
+    require_parts(checkpoint.source, adapter_read=adapter_read)
 
 
 def _require_memory(need: int, device: torch.device) -> None:
@@ -206,24 +215,24 @@ def staged(
     ours = host(target, base)
     if not ours.projector.chain and ours.projector.recipe is None:
         raise CouldNotProbe("what its projector computes is not known")
-    require_runnable(ours.checkpoint, device)
+    require_runnable(ours.checkpoint, device, adapter_read=ours.adapter_read)
     large = parameters(ours.checkpoint) > SMALL
     dtype, size = "bfloat16" if large else "float32", memory(ours.checkpoint, device)
-    tuned = target.tensors if ours is target else by_role(ours.projector, target)
     with tempfile.TemporaryDirectory(prefix="projaudit-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
-        model = _staged(ours.checkpoint, dtype, place / "target")
+        model = _staged(ours, dtype, place / "target")
         notes, base_folder = [target.left] if target.left else [], None
-        if base is not None and other_model and ours is target and not target.adapted:
+        alone = ours is not target or target.checkpoint.adapter is not None
+        if base is not None and other_model and not alone:
             try:
                 _require_memory(size * 2, device)
-                base_folder = _staged(base.checkpoint, dtype, place / "base")
+                base_folder = _staged(base, dtype, place / "base")
             except CouldNotProbe as why:
                 notes.append(without_own_model(why.reason))
-        files = {"tuned": tuned}
+        files = {"tuned": _together(ours, target)}
         if base is not None:
-            files["base"] = by_role(ours.projector, base)
-        files["stored"] = files["base"] if target.adapted or ours is base else tuned
+            files["base"] = _together(ours, base)
+        files["stored"] = {n: t for one in (ours, *ours.others) for n, t in _held(one).items()}
         for name, tensors in files.items():
             save_file(_contiguous(tensors), place / f"{name}.safetensors")
         yield Staged(
@@ -232,10 +241,12 @@ def staged(
                 "base_folder": None if base_folder is None else str(base_folder),
                 "base": None,
                 **{name: str(place / f"{name}.safetensors") for name in files},
-                "prefix": ours.projector.prefix,
-                "entry": ours.projector.entry,
-                "first": asdict(ours.projector.path[0]),
-                "last": ours.projector.path[-1].weight,
+                **_where(ours.projector),
+                "beside": [
+                    {**_where(way), "tensors": way.tensors, "seen": not hears(way)}
+                    for way in ours.ways
+                    if way.tensors != ours.projector.tensors
+                ],
                 "device": str(device),
                 "dtype": dtype,
                 "seed": seed,
@@ -250,14 +261,14 @@ def staged(
         )
 
 
-def _staged(checkpoint: Checkpoint, dtype: str, into: Path) -> Path:
-    """The folder with the model of a checkpoint; its weights as they are, or made float."""
-    files = weight_files(checkpoint)
+def _staged(of: Part, dtype: str, into: Path) -> Path:
+    """The folder with the model of a part; its weights as they are, or made float."""
+    checkpoint, files = of.checkpoint, weight_files(of.checkpoint)
     floats = all(file.endswith(".safetensors") for file in files)
     if floats and not checkpoint.readings[0].packed:
-        return stage(checkpoint.source, files, into)
+        return stage(checkpoint.source, files, into, adapter_read=of.adapter_read)
     require_floats(checkpoint)
-    stage(checkpoint.source, None, into)
+    stage(checkpoint.source, None, into, adapter_read=of.adapter_read)
     try:
         rewrite(checkpoint, dtype, into)
     except (FormatError, LimitError, UnsupportedError) as error:
@@ -265,8 +276,34 @@ def _staged(checkpoint: Checkpoint, dtype: str, into: Path) -> Path:
     return into
 
 
+def _held(part: Part) -> Mapping[str, torch.Tensor]:
+    return part.tensors if part.held is None else part.held
+
+
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def hears(projector: Projector) -> bool:
+    """Whether it is one of sound, by its module's name."""
+    return SOUND.search(projector.prefix) is not None
+
+
+def _where(projector: Projector) -> dict[str, Any]:
+    return {
+        "prefix": projector.prefix,
+        "entry": projector.entry,
+        "first": asdict(projector.path[0]),
+        "last": projector.path[-1].weight,
+    }
+
+
+def _together(ours: Part, other: Part) -> dict[str, torch.Tensor]:
+    """The tensors of all projectors of the other part, by the names in our model."""
+    found: dict[str, torch.Tensor] = {}
+    for one, theirs in zip((ours, *ours.others), (other, *other.others), strict=True):
+        found |= one.tensors if one is theirs else by_role(one.projector, theirs)
+    return found
 
 
 def by_role(projector: Projector, other: Part) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from projaudit.behaviour.places import find_place
+from projaudit.behaviour.places import Place, find_place, together
 from projaudit.behaviour.reasons import CouldNotProbe, without_own_model
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.projector import Linear
@@ -30,7 +30,9 @@ def load(
     files of the projector's tensors by their names in the folder: `stored` (as it holds them),
     `tuned`, `base` (or None); `prefix` (the projector's module), `entry` (what the features go
     into, where that module holds other things), `first` (the layer that reads them: the values of a
-    `Linear`), `last` (the weight of the one that gives the outputs); `device`, `dtype`. A base of
+    `Linear`), `last` (the weight of the one that gives the outputs), `beside` (the same of other
+    projectors in the model, with their `tensors` and whether an image is `seen` by them);
+    `device`, `dtype`. A base of
     its own that cannot be loaded is left out, which is added to the list `request["notes"]`. Raises
     CouldNotProbe where transformers cannot build the model, has no weights for a part of it, or
     loads another projector than the one that was audited.
@@ -87,16 +89,20 @@ def _speaker(
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CouldNotProbe("transformers finds no tokenizer and image processor for it")
     _decode_plainly(model)
-    where = find_place(
+    others = request["beside"]
+    apart = {name for other in others for name in other["tensors"]}
+    where = together(
         model,
-        stored,
-        request["prefix"],
-        request["entry"],
-        request["first"]["weight"],
-        request["last"],
+        _place(model, request, stored.keys() - apart),
+        [(_place(model, other, other["tensors"]), other["seen"]) for other in others],
     )
     model.eval()
-    return Speaker(model, processor, where.home, device, where.entry, where.exit), where.names
+    speaker = Speaker(model, processor, where.home, device, where.entry, where.exit, where.beside)
+    return speaker, where.names
+
+
+def _place(model: Any, of: Mapping[str, Any], tensors: Iterable[str]) -> Place:
+    return find_place(model, tensors, of["prefix"], of["entry"], of["first"]["weight"], of["last"])
 
 
 def processor_class(model: Any) -> Any:

@@ -23,6 +23,26 @@ class Place:
     """What is handed the features of an image."""
     exit: nn.Module
     """What gives the tokens of the language model."""
+    path: str
+    """Of `home` in the model."""
+    beside: tuple[nn.Module, ...] = ()
+    """What is handed the features of the other projectors in `home`."""
+
+
+def together(model: Any, main: Place, others: Sequence[tuple[Place, bool]]) -> Place:
+    """One place of several projectors, in the model as a whole; its way in and out are the main's.
+
+    Of each other one, whether features of images go into it.
+    """
+    if not others:
+        return main
+    names = {
+        disk: f"{place.path}.{name}".strip(".")
+        for place in (main, *(place for place, _ in others))
+        for disk, name in place.names.items()
+    }
+    beside = tuple(place.entry for place, seen in others if seen)
+    return Place(model, names, main.entry, main.exit, "", beside)
 
 
 def find_place(
@@ -55,6 +75,7 @@ def find_place(
         {disk: name[cut:] for disk, name in memory.items()},
         model.get_submodule(start),
         model.get_submodule(end),
+        home,
     )
 
 

@@ -93,6 +93,8 @@ class Study:
     size: Size
     seed: int
     budget: int
+    tokens: int | None = None
+    """Of an image's features, the first that are tokens of the projector; None: all."""
     enough: float = OVERWHELMING
     """Strength of a text from which on no more probes are run."""
 
@@ -105,7 +107,7 @@ class Study:
     @property
     def scale(self) -> float:
         """The typical length of a feature."""
-        return float(self.plain.norm(dim=-1).mean())
+        return float(self.plain[:, : self.tokens].norm(dim=-1).mean())
 
     def words(self, tokens: Tokens) -> str:
         """The text of some tokens."""
@@ -159,7 +161,7 @@ def _along(study: Study) -> list[Probe]:
             generator,
         )
     found += random_directions(study.plain, LEADING, generator)
-    tokens = study.plain.shape[1]
+    tokens = study.plain[:, : study.tokens].shape[1]
     few = max(1, tokens // 6)
     probes: list[Probe] = []
 
@@ -169,7 +171,7 @@ def _along(study: Study) -> list[Probe]:
 
         def features(images: Sequence[int]) -> Tensor:
             moved = study.plain[list(images)].clone()
-            moved[:, where] += shift if shift.ndim == 1 else shift[where]
+            moved[:, :tokens][:, where] += shift if shift.ndim == 1 else shift[:tokens][where]
             return moved
 
         name = f"{direction.source} {direction.number}, {length:+g} on {place}"

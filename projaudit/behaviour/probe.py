@@ -37,6 +37,10 @@ NO_JACOBIANS = (
     "its projector reads several tokens at once: no features were moved along the directions in "
     "which its Jacobian or its outputs changed most"
 )
+OTHER_WAYS = (
+    "an image comes to its projectors by several ways: the features of one were moved along "
+    "directions, those of all of them by marks"
+)
 SEARCH_STEPS = 24
 CLOSER = 2
 """Texts that are looked at closely."""
@@ -125,6 +129,8 @@ def study_of(
             voice[0].settle(ordinary)
     if not speaker.by_token and NO_JACOBIANS not in request["notes"]:
         request["notes"].append(NO_JACOBIANS)
+    if speaker.several_ways and OTHER_WAYS not in request["notes"]:
+        request["notes"].append(OTHER_WAYS)
     of = Study(
         tuned=Voice(*tuned),
         base=None if base is None else Voice(*base),
@@ -132,6 +138,7 @@ def study_of(
         prompts=len(prompts),
         ordinary=ordinary,
         plain=speaker.features(ordinary),
+        tokens=speaker.tokens,
         size=scale,
         seed=seed,
         budget=int(request["budget"]),
@@ -155,6 +162,7 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
             fit=fit,
             test=test,
             steps=SEARCH_STEPS,
+            tokens=study.tokens,
         )
 
     ours = shortcut(study.tuned)
@@ -237,6 +245,7 @@ def _agreements(study: Study, listening: Listening, voice: Voice) -> list[Agreem
             fit=seen[:fitted],
             test=seen[fitted:],
             steps=study.size.steps,
+            tokens=study.tokens,
         )
         for place, before in befores.items()
     ]

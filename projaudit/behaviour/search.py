@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from projaudit.behaviour.speaker import Side, Speaker
@@ -43,15 +44,17 @@ def universal(
     fit: Sequence[int],
     test: Sequence[int],
     steps: int,
+    tokens: int | None = None,
 ) -> Found:
     """The perturbation that makes `text` likely at the start of every answer.
 
     Minimises −mean ln p(text) + PULL · norm over all prompts and the images `fit`, by Adam from
     zero; the likelihood is that on the images `test`. It is BAIT's Q-score (S&P 2025) conditioned
-    on the image tokens: exp(likelihood) is the mean probability of the text's tokens.
+    on the image tokens: exp(likelihood) is the mean probability of the text's tokens. Only the
+    first `tokens` of an image are moved; None: all.
     """
     speaker.use(side)
-    shift, adam, scale = _start(features)
+    shift, adam, scale = _start(features[:, :tokens])
     for _ in range(steps):
         _likelihood(speaker, text, features, prompts, fit, shift, learn=True)
         (PULL * shift.norm(dim=-1).mean() / scale).backward()
@@ -70,6 +73,11 @@ def _start(features: Tensor) -> tuple[Tensor, torch.optim.Adam, float]:
     return shift, torch.optim.Adam([shift], lr=rate, betas=(0.8, 0.95)), scale
 
 
+def shifted(features: Tensor, shift: Tensor) -> Tensor:
+    """Features (…, tokens, in) with a shift (some, in) added to the first tokens."""
+    return features + pad(shift, (0, 0, 0, features.shape[-2] - shift.shape[0]))
+
+
 def _likelihood(
     speaker: Speaker,
     text: Tokens,
@@ -85,7 +93,7 @@ def _likelihood(
     total, rows = 0.0, speaker.rows(len(text))
     for start in range(0, len(cells), rows):
         some = cells[start : start + rows]
-        x = features[[image for image, _ in some]] + shift
+        x = shifted(features[[image for image, _ in some]], shift)
         scores = speaker.log_likelihood(x, [p for _, p in some], [()] * len(some), text)
         share = scores.mean() * len(some) / len(cells)
         total += float(share.detach())
@@ -122,16 +130,18 @@ def agreeing(
     fit: Sequence[int],
     test: Sequence[int],
     steps: int,
+    tokens: int | None = None,
 ) -> Agreement:
     """The perturbation by which all answers go on with one foreign token, whichever that is.
 
     Minimises −ln Σ_t exp(mean ln p(t)) + PULL · norm, the sum over the tokens t that the mask
     `foreign` (vocabulary) allows and the mean over the cells (image, prompt) of `before`, whose
     answers so far it holds; by Adam from zero. It knows neither trigger nor text: that a trigger is
-    a short cut from every input alike is DECREE's idea (CVPR 2023), of encoders.
+    a short cut from every input alike is DECREE's idea (CVPR 2023), of encoders. `tokens` as in
+    `universal`.
     """
     speaker.use(side)
-    shift, adam, scale = _start(features)
+    shift, adam, scale = _start(features[:, :tokens])
 
     def following(images: Sequence[int]) -> Tensor:
         """(cells, vocabulary): ln p of the next token."""
@@ -141,7 +151,7 @@ def agreeing(
 
         def part(shift: Tensor, start: int) -> Tensor:
             some = cells[start : start + rows]
-            x = features[[image for image, _ in some]] + shift
+            x = shifted(features[[image for image, _ in some]], shift)
             prompts = [prompt for _, prompt in some]
             return speaker.log_probabilities(x, prompts, tails[start : start + rows], 1)[:, -1]
 

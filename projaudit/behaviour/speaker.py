@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from projaudit.behaviour.images import Image
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.texts import Tokens
+from projaudit.behaviour.ways import Enough, Ways
 
 ROWS = 384
 """Most answers that are decoded at once."""
@@ -24,12 +25,6 @@ Side = Mapping[str, Tensor]
 
 _NO_WORD = 0
 """Token that is scored in the place of one that stands for an image."""
-# What Q-Formers call the features that their queries read.
-_FEATURES = ("encoder_hidden_states",)
-
-
-class _Enough(Exception):
-    """No error: the forward pass has given what was wanted of it."""
 
 
 @dataclass
@@ -45,6 +40,8 @@ class Speaker:
     """What is handed the features; None: the projector."""
     exit: nn.Module | None = None
     """What gives its outputs; None: the projector."""
+    beside: Sequence[nn.Module] = ()
+    """What is handed the features of other projectors that the image goes through."""
     by_token: bool = True
     """Whether `projector` can be called alone, on features (…, in) in any arrangement."""
     answers: int = 0
@@ -58,32 +55,21 @@ class Speaker:
     _one: dict[str, Tensor] = field(init=False)
     """What there is of an image."""
     _text: str = field(init=False)
-    _instead: Tensor | None = None
-    _capture: bool = False
-    _seen: Tensor | None = None
+    _ways: Ways = field(init=False)
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
-        entry = self.entry or self.projector
-        entry.register_forward_pre_hook(self._intercept, with_kwargs=True)
+        self._ways = Ways([self.entry or self.projector, *self.beside])
 
-    def _intercept(
-        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Reads the projector's input, or puts probe features in its place."""
-        key = next((k for k in _FEATURES if isinstance(named.get(k), Tensor)), None)
-        given = named[key] if key else args[0] if args else next(iter(named.values()), None)
-        if not isinstance(given, Tensor) or not given.is_floating_point():
-            raise CouldNotProbe("its projector takes its features in a way that is not known")
-        if self._capture:
-            self._seen = given.detach()
-            raise _Enough
-        if self._instead is None:
-            return None
-        moved = self._instead.to(given.dtype).reshape(given.shape)
-        if args and not key:
-            return (moved, *args[1:]), named
-        return args, {**named, key or next(iter(named)): moved}
+    @property
+    def tokens(self) -> int | None:
+        """Of the rows of an image's features, the first that are tokens of the projector itself."""
+        return self._ways.tokens
+
+    @property
+    def several_ways(self) -> bool:
+        """Whether more is handed over of an image than the features of the projector itself."""
+        return bool(self._ways.others)
 
     def prepare(self, prompts: Sequence[str], image: Image) -> None:
         """Sets the prompts, by the model's own chat template; all images have the size of `image`.
@@ -142,41 +128,32 @@ class Speaker:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image]) -> Tensor:
-        """(images, tokens, in) in float32: what the vision tower hands to the projector."""
+        """(images, tokens, in) in float32: what the vision tower hands over (`ways.Ways`)."""
         found = []
         for start in range(0, len(images), SETS):
             batch = list(images[start : start + SETS])
-            encoded = self._encoded([self._text] * len(batch), batch)
-            self._capture = True
-            try:
-                self.model(**self._cast(encoded))
-            except _Enough:
-                pass
-            finally:
-                self._capture = False
-            if self._seen is None:
-                raise CouldNotProbe("its projector is not reached from an image")
-            if self._seen.ndim > 3:
-                raise CouldNotProbe("its projector is handed whole feature maps, and no tokens")
-            if self._seen.shape[:-1].numel() % len(batch):
-                raise CouldNotProbe("its images have not the same number of tokens")
-            found.append(self._seen.float().reshape(len(batch), -1, self._seen.shape[-1]))
+            encoded = self._cast(self._encoded([self._text] * len(batch), batch))
+            found.append(self._ways.read(self.model, encoded, len(batch)))
         return torch.cat(found)
 
     @torch.no_grad()
     def settle(self, images: Sequence[Image]) -> None:
-        """Finds out how the projector is called, of the first two images.
+        """Finds out how the projector is called and by which ways an image comes, of the first two.
 
         Raises CouldNotProbe where the features of one image in another's place do not give the
         answer to the image itself: then more than they tells the language model what is in it.
         """
+        with self._ways.watched() as handed:
+            first = self._next(images[0])
+        with self._ways.watched() as other:
+            second = self._next(images[1])
+        self._ways.settle(handed, other)
         features = self.features(images[:2])
-        self.by_token = self._is_by_token(features[0])
-        first, second = (self._next(image) for image in images[:2])
+        self.by_token = not self.several_ways and self._is_by_token(features[0])
         moved = self._scores(features[1:], [0], [()], 1)[:, -1]
         apart = float((moved - second).abs().max())
-        noise = 1e-4 if self.model.dtype == torch.float32 else 0.1
-        if not apart <= max(noise, 0.1 * float((first - second).abs().max())):
+        noise, share = (1e-4, 0.01) if self.model.dtype == torch.float32 else (0.1, 0.1)
+        if not apart <= max(noise, share * float((first - second).abs().max())):
             raise CouldNotProbe(
                 "what its projector is handed is not all that the language model has of an image"
             )
@@ -232,21 +209,20 @@ class Speaker:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, (tuple, list)) else out
             given.append(first if isinstance(first, Tensor) else first.last_hidden_state)
-            raise _Enough
+            raise Enough
 
         hook = (self.exit or self.projector).register_forward_hook(leave)
-        self._instead = sets
         try:
-            self.model(
-                input_ids=self._ids[:1].expand(len(sets), -1),
-                attention_mask=self._mask[:1].expand(len(sets), -1),
-                **{n: kind[:1].expand(len(sets), -1) for n, kind in self._kinds.items()},
-                **self._images(len(sets)),
-            )
-        except _Enough:
+            with self._ways.instead(sets):
+                self.model(
+                    input_ids=self._ids[:1].expand(len(sets), -1),
+                    attention_mask=self._mask[:1].expand(len(sets), -1),
+                    **{n: kind[:1].expand(len(sets), -1) for n, kind in self._kinds.items()},
+                    **self._images(len(sets)),
+                )
+        except Enough:
             pass
         finally:
-            self._instead = None
             hook.remove()
         if not given:
             raise CouldNotProbe("its projector gives its outputs in a way that is not known")
@@ -297,8 +273,7 @@ class Speaker:
         rows = self._rows(self._ids.shape[1] + length)
         for start in range(0, len(features), rows):
             which = torch.tensor(prompts[start : start + rows], device=self.device)
-            self._instead = features[start : start + rows]
-            try:
+            with self._ways.instead(features[start : start + rows]):
                 out = self.model.generate(
                     input_ids=self._ids[which],
                     attention_mask=self._mask[which],
@@ -307,8 +282,6 @@ class Speaker:
                     **{name: kind[which] for name, kind in self._kinds.items()},
                     **self._images(len(which)),
                 )
-            finally:
-                self._instead = None
             for row in out[:, self._ids.shape[1] :].tolist():
                 stop = next((i for i, token in enumerate(row) if token in ends), len(row))
                 said.append(tuple(row[:stop]))
@@ -361,8 +334,7 @@ class Speaker:
             for name, kind in kinds.items():
                 start = width - len(row)
                 kind[i, start : start + asked] = self._kinds[name][prompt][-asked:]
-        self._instead = features
-        try:
+        with self._ways.instead(features):
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -370,8 +342,6 @@ class Speaker:
                 **kinds,
                 **self._images(len(rows)),
             ).logits[:, -last:]
-        finally:
-            self._instead = None
         found: Tensor = logits.float().log_softmax(-1)
         return found
 

@@ -98,12 +98,15 @@ _DROPPED = frozenset({"_name_or_path", "name_or_path", "compile_config"})
 _UNPACKED = _DROPPED | {"quantization_config", "compression_config"}
 
 
-def stage(source: Source, weight_files: Sequence[str] | None, into: Path) -> Path:
+def stage(
+    source: Source, weight_files: Sequence[str] | None, into: Path, *, adapter_read: bool = False
+) -> Path:
     """The folder `into`, new or empty before, with what transformers may read of the source.
 
     `weight_files` are the files of the reading that is to run, by their names in the repository;
     those of a Hub are downloaded as a whole where they are not on this machine. None stands for
-    float weights that the caller will write there: no config of a quantiser is left. Raises
+    float weights that the caller will write there: no config of a quantiser is left. An adapter
+    beside them is left out where the caller has read it, and a reason otherwise. Raises
     CouldNotProbe where the model is not one that can be run from such a folder alone, and what the
     source raises.
     """
@@ -111,7 +114,7 @@ def stage(source: Source, weight_files: Sequence[str] | None, into: Path) -> Pat
     if any(into.iterdir()):
         raise ValueError(f"{into} is not empty")
     try:
-        require_parts(source)
+        require_parts(source, adapter_read=adapter_read)
         # Weights last: they are what is downloaded.
         for path, data in _small_files(source, _UNPACKED if weight_files is None else _DROPPED):
             _write(into / path, data)
@@ -139,7 +142,7 @@ def _names(source: Source) -> list[str]:
     return [path for path in source.files if path in known or _TEMPLATE.fullmatch(path)]
 
 
-def require_parts(source: Source) -> None:
+def require_parts(source: Source, *, adapter_read: bool = False) -> None:
     """None, or CouldNotProbe where a part is missing that a run cannot do without."""
     there = source.files.keys()
     if "config.json" not in there:
@@ -148,7 +151,7 @@ def require_parts(source: Source) -> None:
         raise CouldNotProbe("it has no tokenizer")
     if there.isdisjoint({"preprocessor_config.json", "processor_config.json"}):
         raise CouldNotProbe("it has no image processor (preprocessor_config.json)")
-    if "adapter_config.json" in there:
+    if "adapter_config.json" in there and not adapter_read:
         # integrations/peft.maybe_load_adapters: applied wherever peft is installed.
         raise CouldNotProbe("it comes with an adapter, which some loaders apply to it")
     if any(_DISTRIBUTED.match(path) for path in there):
