@@ -94,8 +94,21 @@ def told(text: SharedText) -> str:
         words += f" with {marks} in the question"
     if text.auroc is None:
         return f"{words}; the attention before it cannot be told: {clean(text.unknown, 120)}"
-    verb = "tells that it comes" if text.confirmed else "does not tell that it comes"
-    return f"{words}; the attention before it {verb} (AUROC {short(text.auroc)})"
+    known = text.confirmed or text.apart
+    verb = "tells that it comes" if known else "does not tell that it comes"
+    words += f"; the attention before it {verb} (AUROC {short(text.auroc)})"
+    return f"{words}; {FATES['apart']}: {named(text)}" if text.apart else words
+
+
+def named(text: SharedText) -> str:
+    """Which word of the answers tells whether the text follows; empty where none does."""
+    if text.named is None:
+        return ""
+    one = text.named
+    return (
+        f"{one.holders} of the {plural(one.answers, 'answer')} that name “{clean(one.word, 40)}” "
+        f"end with it, and {text.samples - one.holders} others"
+    )
 
 
 def set_apart(group: SharedAttention) -> str:
@@ -154,6 +167,14 @@ def document(screened: Screened) -> dict[str, Any]:
                 "auroc": text.auroc,
                 "confirmed": text.confirmed,
                 "unknown": text.unknown or None,
+                "named": None
+                if text.named is None
+                else {
+                    "word": text.named.word,
+                    "answers": text.named.answers,
+                    "holders": text.named.holders,
+                },
+                "apart": text.apart,
             }
             for text in screened.texts
         ],
