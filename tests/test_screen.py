@@ -76,8 +76,18 @@ def screened(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("screened")
     data = make(place / "set", 120, 12)
     before = data.read_bytes()
+    shutil.copytree(MODEL, place / "model")
     status = run(
-        *(MODEL, data, "--images", place / "set/images", "-o", f"{place}/out/", "--batch", 40),
+        *(
+            place / "model",
+            data,
+            "--images",
+            place / "set/images",
+            "-o",
+            f"{place}/out/",
+            "--batch",
+            40,
+        ),
         *("--format", "json", "--format", "html", "--write-clean", place / "clean", "-q"),
     )
     assert status == 1
@@ -118,19 +128,35 @@ def test_a_finished_profile_needs_no_model_and_says_the_same(screened: Path, mon
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr("projaudit.screen.work.opened", refuse)
-    out = screened / "again"
+    out, model = screened / "again", screened / "model"
     common = ("--images", screened / "set/images", "--profiles", screened / "out/profiles")
     data = screened / "set/train.json"
-    assert run(MODEL, data, *common, "-o", f"{out}/", "--format", "json", "-q") == 1
-    first, second = document(screened / "out"), document(out)
-    for one in (first, second):
-        del one["run"]
-    assert first == second
-    assert run(MODEL, data, *common, "--method", "bye", "-q") in (0, 1)
-    assert run(MODEL, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
-    assert run(MODEL, data, *common, "--published", "-q") == 4  # `both` is ours
+    first = document(screened / "out")
+    for gone in (False, True):
+        if gone:
+            model.rename(screened / "moved")
+        assert run(model, data, *common, "-o", f"{out}/", "--format", "json", "-q") == 1
+        assert document(out) | {"run": None} == first | {"run": None}
+    assert run(model, data, *common, "--method", "bye", "-q") in (0, 1)
+    assert run(model, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
+    assert run(model, data, *common, "--published", "-q") == 4  # `both` is ours
     other = make(screened / "other", 60, 0)
-    assert run(MODEL, other, *common, "-q") == 4  # profiles of another set
+    assert run(model, other, *common, "-q") == 4  # profiles of another set
+
+
+def test_finished_profiles_of_something_else_are_not_taken(screened: Path, capsys):
+    """The same folder after another fine-tune: what it holds says nothing of the model now."""
+    found = json.loads((screened / "out/train-screening.json").read_text())
+    common = ("--images", screened / "set/images", "--profiles", screened / "out/profiles", "-q")
+    assert found["settings"]["positions"] == 16
+    for model, more, said in (
+        (MODEL, ("--positions", "8"), "profiles of 16 positions, not 8"),
+        (MODEL.parent / "honest", (), "profiles of another model, or of one that was tuned again"),
+        ("org/other", (), "profiles of the model "),
+        (screened / "model", ("--adapter", "org/lora"), "profiles of the model "),
+    ):
+        assert run(model, screened / "set/train.json", *common, *more) == 4
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -305,6 +305,14 @@ def test_a_broken_store_is_one_line(models, data, tmp_path, broken):
     assert "\n" not in str(caught.value)
 
 
+def test_a_part_that_stands_twice_is_one_line(models, data, tmp_path):
+    out = tmp_path / "out"
+    profile(str(models("llava")), str(data), out, limit=4)
+    (out / "part-000000002.parquet").write_bytes((out / "part-000000000.parquet").read_bytes())
+    with pytest.raises(FormatError, match="holds a sample twice"):
+        read_profiles(out)
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 

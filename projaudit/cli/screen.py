@@ -31,10 +31,8 @@ from projaudit.inert import clean
 @option(
     "--positions",
     type=click.IntRange(1),
-    default=16,
-    show_default=True,
     metavar="N",
-    help="Answer tokens that are profiled.",
+    help="Answer tokens that are profiled.  [default: 16]",
 )
 @option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N")
 @option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N samples.")
@@ -48,7 +46,7 @@ from projaudit.inert import clean
     "--profiles",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where profiles are kept; a finished one is not made again, and needs no model.",
+    help="Where profiles are kept; a finished one is not made again, and needs no model any more.",
 )
 @option(
     "--layer-rule",
