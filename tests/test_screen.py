@@ -138,6 +138,9 @@ def test_a_finished_profile_needs_no_model_and_says_the_same(screened: Path, mon
         assert run(model, data, *common, "-o", f"{out}/", "--format", "json", "-q") == 1
         assert document(out) | {"run": None} == first | {"run": None}
     assert run(model, data, *common, "--method", "bye", "-q") in (0, 1)
+    numbers = ("--number", "words=5", "--number", "heads=2", "--format", "json", "-o", f"{out}/")
+    assert run(model, data, *common, *numbers, "-q") == 0  # the payload has four words
+    assert document(out)["settings"]["words"] == 5
     assert run(model, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
     assert run(model, data, *common, "--published", "-q") == 4  # `both` is ours
     other = make(screened / "other", 60, 0)
@@ -214,6 +217,10 @@ def test_a_clean_set_passes_and_what_was_not_looked_at_undermines_it(tmp_path: P
         (["texts.json", "--write-clean", "full"], 4, "is not an empty folder [usage.output]"),
         (["texts.json", "--positions", "0"], 4, "[usage.option]"),
         (["texts.json", "--method", "guess"], 4, "[usage.option]"),
+        (["texts.json", "--number", "luck=1"], 4, "'luck' is none of threshold, alpha,"),
+        (["texts.json", "--number", "heads=2.5"], 4, "heads is no whole number from 1 to"),
+        (["texts.json", "--number", "late=nan"], 4, "late is no number from"),
+        (["texts.json", "--number", "late"], 4, "late is no number from"),
         (["texts.json", "--devices", "cpu,"], 4, "names a device that is empty [usage.device]"),
         (["texts.json", "--adapter", str(MODEL)], 3, "is no adapter"),
         (["texts.json", "--images", "nowhere"], 2, "no such folder of images [not-found.images]"),

@@ -56,6 +56,13 @@ from projaudit.inert import clean
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
 @option("--published", is_flag=True, help="bye, tcap: the papers' own way, which always cuts.")
+@option(
+    "--number",
+    "chosen",
+    multiple=True,
+    metavar="NAME=N",
+    help="Of a detector, as threshold=2.5, heads=4 or late=0.25; docs/screen.md has them all.",
+)
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
 @options.formats
 @option(
@@ -102,10 +109,12 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **given: Any) -> Non
     progress = Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
     with tempfile.TemporaryDirectory(prefix="projaudit-") as scratch, progress:
         from projaudit.screen.lists import check_empty
+        from projaudit.screen.numbers import numbers
         from projaudit.screen.run import screen_dataset
 
         if clean_set is not None:
             check_empty(clean_set)
+        given["chosen"] = numbers(given["chosen"])
         folder = kept or (lists / "profiles" if lists else Path(scratch))
         try:
             report = screen_dataset(

@@ -25,6 +25,7 @@ from projaudit.screen.bye import LayerRule
 from projaudit.screen.detect import FIRST, Method, Screening, screen
 from projaudit.screen.lists import write_clean, write_lists
 from projaudit.screen.model import identity
+from projaudit.screen.numbers import arguments
 from projaudit.screen.pictures import heat_maps
 from projaudit.screen.profiles import Profiles, parts_in, read_profiles
 from projaudit.screen.profiling import heat, profile
@@ -47,6 +48,7 @@ def screen_dataset(
     method: Method = "both",
     rule: LayerRule = "paper",
     published: bool = False,
+    chosen: Mapping[str, float] | None = None,
     adapter: str | None = None,
     images: str | None = None,
     positions: int | None = None,
@@ -67,10 +69,11 @@ def screen_dataset(
 
     Profiles are written to the folder `profiles`; one that holds all of a set's is read and the
     model is not opened: it may be gone, and if it is at hand its bytes must be those that were
-    profiled. `positions` are those of such a folder where they are not named, else 16. `lists` is
-    a folder for lists of samples, `clean_set` an empty one for the rows to keep, `pictures` are
-    drawn where the model was opened. Raises a ProjauditError with a stable `code` where there is
-    no screening; what could not be told within one stands in the report.
+    profiled. `positions` are those of such a folder where they are not named, else 16. `chosen`
+    are numbers of the detectors (`projaudit.screen.numbers`). `lists` is a folder for lists of
+    samples, `clean_set` an empty one for the rows to keep, `pictures` are drawn where the model
+    was opened. Raises a ProjauditError with a stable `code` where there is no screening; what
+    could not be told within one stands in the report.
     """
     missing = [name for name in ("sklearn", "pyarrow") if find_spec(name) is None]
     if missing:
@@ -114,6 +117,7 @@ def screen_dataset(
             rule=rule,
             published=published,
             seed=seed,
+            **arguments(chosen or {}),
         )
         summary, samples = screened(found, screening, data.name, questions, answers)
     if pictures and not reused:
@@ -132,6 +136,7 @@ def screen_dataset(
         "method": method,
         "rule": rule,
         "published": published or None,
+        **(chosen or {}),
         "seed": seed,
         "positions": int(found.about["positions"]),
         "batch": int(found.about["batch"]),
