@@ -132,6 +132,8 @@ class Screened:
     """Layers whose attention was read."""
     layers_left_out: int
     """Layers of the language model that have no attention over the sequence."""
+    later_answers: int
+    """Samples with further answers, which were not looked at."""
     texts: tuple[SharedText, ...]
     groups: tuple[SharedAttention, ...]
     nothing: tuple[str, ...]

@@ -283,6 +283,7 @@ def hostile() -> Report:
         statuses={"ok": 19, evil: 1},
         layers=2,
         layers_left_out=1,
+        later_answers=3,
         groups=(SharedAttention(12, 1e-9, "apart", evil),),
         texts=(text, replace(text, confirmed=False, auroc=None, unknown=evil)),
         nothing=(evil,),
@@ -307,6 +308,7 @@ def hostile() -> Report:
 def test_what_a_dataset_says_is_inert(form: str):
     shown = FORMATS[form].render(hostile())
     assert "1 of 3 layers left out" in shown or form == "json"
+    assert "3 samples have further answers" in " ".join(shown.split()) or form == "json"
     assert "12 samples lie apart" in shown or form == "json"
     assert not {"\x1b", "\u202e"} & set(shown)
     assert "<script>" not in shown or form == "text"

@@ -30,9 +30,8 @@ METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP, all heads together 
 BLIND = (
     "payloads without a fixed text, or of one or two words, unless attention sets them apart",
     "sets of which more than half is poisoned",
-    "answers of later turns",
 )
-"""What a screening cannot see, whatever it found."""
+"""What no screening sees."""
 _DEFAULTS = {("rule", "paper"), ("positions", 16), ("batch", 8)}
 _TITLES = {
     "bye-layer": "BYE: attention entropy of a layer",
@@ -72,6 +71,14 @@ def unread(screened: Screened) -> str:
     """Why samples were not looked at; empty where all were."""
     whys = [f"{n} {clean(s, 40)}" for s, n in screened.statuses.items() if s != "ok"]
     return ", ".join(whys)
+
+
+def blind(screened: Screened) -> Iterator[str]:
+    """What the screening cannot have seen, whatever it found."""
+    yield from BLIND
+    if screened.later_answers:
+        count = plural(screened.later_answers, "sample")
+        yield f"later turns: {count} have further answers, which were not looked at"
 
 
 def left_out(screened: Screened) -> str:
@@ -135,7 +142,7 @@ def lines(screened: Screened) -> Iterator[tuple[str, str]]:
     if screened.files:
         folders = sorted({file.rpartition("/")[0] or "." for file in screened.files})
         yield "written", ", ".join(clean(folder, 60) for folder in folders)
-    yield "not seen", "; ".join(BLIND)
+    yield "not seen", "; ".join(blind(screened))
 
 
 def document(screened: Screened) -> dict[str, Any]:
@@ -148,6 +155,7 @@ def document(screened: Screened) -> dict[str, Any]:
         "statuses": dict(screened.statuses),
         "layers": screened.layers,
         "layers_left_out": screened.layers_left_out,
+        "later_answers": screened.later_answers,
         "groups": [
             {
                 "samples": group.samples,
@@ -279,7 +287,7 @@ def not_looked(screened: Screened) -> Iterator[str]:
         yield left_out(screened)
     if unread(screened):
         yield f"{plural(screened.fates.get('unread', 0), 'sample')}: {unread(screened)}"
-    yield from (blind[:1].upper() + blind[1:] for blind in BLIND)
+    yield from (told[:1].upper() + told[1:] for told in blind(screened))
 
 
 def command(report: Report) -> list[str]:

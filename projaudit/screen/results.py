@@ -53,6 +53,7 @@ def screened(
         statuses=dict(sorted(Counter(profiles.statuses).items())),
         layers=len(layers_of(profiles)),
         layers_left_out=int(profiles.about.get("layers_left_out", 0)),
+        later_answers=int(profiles.about.get("later_answers", 0)),
         texts=tuple(_text(found) for found in screening.departures),
         groups=tuple(
             SharedAttention(int(one.group.members.sum()), one.group.valley, one.fate, one.says)
