@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.screening.build import MODEL, RUNS
+from benchmarks.screening.control import with_own_words
 from benchmarks.screening.dataset import IMAGES, JSON, read, read_poisoned
 from benchmarks.screening.recipes import CHOOSING, Recipe, Sizes, planned
 from benchmarks.screening.report import tables
@@ -60,12 +61,8 @@ def profiled(name: str, built: Path) -> Profiles:
 
 def screened(name: str, built: Path, methods: tuple[Method, ...] = METHODS) -> dict[str, Screening]:
     """What each method says of one set, from its profiles and its own texts; `… published` too."""
-    folder = built / name
-    profiles = read_profiles(folder / PROFILES)
-    data = open_dataset(str(folder / JSON), folder / IMAGES, offline=True)
-    samples = [data.sample(int(number)) for number in profiles.numbers]
-    questions = [sample.after for sample in samples]
-    answers = [sample.answer for sample in samples]
+    profiles = read_profiles(built / name / PROFILES)
+    questions, answers = said_in(name, built, profiles)
     found = {
         method: screen(profiles, method, questions=questions, answers=answers) for method in methods
     }
@@ -73,6 +70,14 @@ def screened(name: str, built: Path, methods: tuple[Method, ...] = METHODS) -> d
         if method != "both":
             found[f"{method} published"] = screen(profiles, method, published=True)
     return found
+
+
+def said_in(name: str, built: Path, profiles: Profiles) -> tuple[list[str], list[str]]:
+    """The questions and the answers of the profiled samples."""
+    folder = built / name
+    data = open_dataset(str(folder / JSON), folder / IMAGES, offline=True)
+    texts = [data.texts(int(number)) for number in profiles.numbers]
+    return [question for question, _ in texts], [answer for _, answer in texts]
 
 
 def detected(name: str, built: Path) -> dict[str, Any]:
@@ -98,6 +103,8 @@ def detected(name: str, built: Path) -> dict[str, Any]:
     texts = [text.payload.holders for text in found["both"].departures]
     alone = np.any(texts, axis=0) if texts else np.zeros(len(ids), bool)
     row["answers alone"] = counts(alone, poisoned)
+    questions, answers = said_in(name, built, profiles)
+    row["own words alone"] = counts(with_own_words(answers, questions), poisoned)
     return row
 
 

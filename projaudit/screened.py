@@ -30,13 +30,24 @@ class ScreenedSample:
     departure: float | None = None
     """Held-out score of the attention before the text; above 0 is like those that say it."""
     text: str = ""
-    """The text for which it is dropped."""
+    """The text for which it is dropped or set apart."""
     question: str = ""
     answer: str = ""
 
     @property
     def subject(self) -> str:
         return f"sample/{self.number}"
+
+
+@dataclass(frozen=True)
+class NamedWord:
+    """A word in the rest of the answers that goes with a text both ways, nine times in ten."""
+
+    word: str
+    answers: int
+    """Answers with that word before the text, or without the text."""
+    holders: int
+    """Of these, the ones that end with the text."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,13 @@ class SharedText:
     auroc: float | None
     """Of the attention in the row before it; None where that cannot be told."""
     confirmed: bool
+    """Its samples are dropped."""
     unknown: str = ""
     """Why the attention cannot be told."""
+    named: NamedWord | None = None
+    """What the answers name that end with it, and no others; None where there is no such word."""
+    apart: bool = False
+    """The attention tells that it comes, and so does what the answers name: set apart, and kept."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,8 @@ class Screened:
     """Layers whose attention was read."""
     layers_left_out: int
     """Layers of the language model that have no attention over the sequence."""
+    later_answers: int
+    """Samples with further answers, which were not looked at."""
     texts: tuple[SharedText, ...]
     groups: tuple[SharedAttention, ...]
     nothing: tuple[str, ...]

@@ -76,8 +76,18 @@ def screened(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("screened")
     data = make(place / "set", 120, 12)
     before = data.read_bytes()
+    shutil.copytree(MODEL, place / "model")
     status = run(
-        *(MODEL, data, "--images", place / "set/images", "-o", f"{place}/out/", "--batch", 40),
+        *(
+            place / "model",
+            data,
+            "--images",
+            place / "set/images",
+            "-o",
+            f"{place}/out/",
+            "--batch",
+            40,
+        ),
         *("--format", "json", "--format", "html", "--write-clean", place / "clean", "-q"),
     )
     assert status == 1
@@ -118,19 +128,38 @@ def test_a_finished_profile_needs_no_model_and_says_the_same(screened: Path, mon
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr("projaudit.screen.work.opened", refuse)
-    out = screened / "again"
+    out, model = screened / "again", screened / "model"
     common = ("--images", screened / "set/images", "--profiles", screened / "out/profiles")
     data = screened / "set/train.json"
-    assert run(MODEL, data, *common, "-o", f"{out}/", "--format", "json", "-q") == 1
-    first, second = document(screened / "out"), document(out)
-    for one in (first, second):
-        del one["run"]
-    assert first == second
-    assert run(MODEL, data, *common, "--method", "bye", "-q") in (0, 1)
-    assert run(MODEL, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
-    assert run(MODEL, data, *common, "--published", "-q") == 4  # `both` is ours
+    first = document(screened / "out")
+    for gone in (False, True):
+        if gone:
+            model.rename(screened / "moved")
+        assert run(model, data, *common, "-o", f"{out}/", "--format", "json", "-q") == 1
+        assert document(out) | {"run": None} == first | {"run": None}
+    assert run(model, data, *common, "--method", "bye", "-q") in (0, 1)
+    numbers = ("--number", "words=5", "--number", "heads=2", "--format", "json", "-o", f"{out}/")
+    assert run(model, data, *common, *numbers, "-q") == 0  # the payload has four words
+    assert document(out)["settings"]["words"] == 5
+    assert run(model, data, *common, "--method", "tcap", "--published", "-q") in (0, 1)
+    assert run(model, data, *common, "--published", "-q") == 4  # `both` is ours
     other = make(screened / "other", 60, 0)
-    assert run(MODEL, other, *common, "-q") == 4  # profiles of another set
+    assert run(model, other, *common, "-q") == 4  # profiles of another set
+
+
+def test_finished_profiles_of_something_else_are_not_taken(screened: Path, capsys):
+    """The same folder after another fine-tune: what it holds says nothing of the model now."""
+    found = json.loads((screened / "out/train-screening.json").read_text())
+    common = ("--images", screened / "set/images", "--profiles", screened / "out/profiles", "-q")
+    assert found["settings"]["positions"] == 16
+    for model, more, said in (
+        (MODEL, ("--positions", "8"), "profiles of 16 positions, not 8"),
+        (MODEL.parent / "honest", (), "profiles of another model, or of one that was tuned again"),
+        ("org/other", (), "profiles of the model "),
+        (screened / "model", ("--adapter", "org/lora"), "profiles of the model "),
+    ):
+        assert run(model, screened / "set/train.json", *common, *more) == 4
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -188,6 +217,10 @@ def test_a_clean_set_passes_and_what_was_not_looked_at_undermines_it(tmp_path: P
         (["texts.json", "--write-clean", "full"], 4, "is not an empty folder [usage.output]"),
         (["texts.json", "--positions", "0"], 4, "[usage.option]"),
         (["texts.json", "--method", "guess"], 4, "[usage.option]"),
+        (["texts.json", "--number", "luck=1"], 4, "'luck' is none of threshold, alpha,"),
+        (["texts.json", "--number", "heads=2.5"], 4, "heads is no whole number from 1 to"),
+        (["texts.json", "--number", "late=nan"], 4, "late is no number from"),
+        (["texts.json", "--number", "late"], 4, "late is no number from"),
         (["texts.json", "--devices", "cpu,"], 4, "names a device that is empty [usage.device]"),
         (["texts.json", "--adapter", str(MODEL)], 3, "is no adapter"),
         (["texts.json", "--images", "nowhere"], 2, "no such folder of images [not-found.images]"),
@@ -250,6 +283,7 @@ def hostile() -> Report:
         statuses={"ok": 19, evil: 1},
         layers=2,
         layers_left_out=1,
+        later_answers=3,
         groups=(SharedAttention(12, 1e-9, "apart", evil),),
         texts=(text, replace(text, confirmed=False, auroc=None, unknown=evil)),
         nothing=(evil,),
@@ -274,6 +308,7 @@ def hostile() -> Report:
 def test_what_a_dataset_says_is_inert(form: str):
     shown = FORMATS[form].render(hostile())
     assert "1 of 3 layers left out" in shown or form == "json"
+    assert "3 samples have further answers" in " ".join(shown.split()) or form == "json"
     assert "12 samples lie apart" in shown or form == "json"
     assert not {"\x1b", "\u202e"} & set(shown)
     assert "<script>" not in shown or form == "text"

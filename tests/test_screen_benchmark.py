@@ -30,6 +30,7 @@ from benchmarks.screen import (  # noqa: E402
     to_retrain,
 )
 from benchmarks.screening.build import RUNS, build  # noqa: E402
+from benchmarks.screening.control import with_own_words  # noqa: E402
 from benchmarks.screening.dataset import read_poisoned  # noqa: E402
 from benchmarks.screening.recipes import Sizes, Tuning, attacked  # noqa: E402
 from benchmarks.screening.report import tables  # noqa: E402
@@ -57,6 +58,19 @@ def test_nothing_dropped_has_no_precision_and_nothing_poisoned_no_recall() -> No
     assert (clean["precision"], clean["recall"], clean["f1"]) == (0.0, None, None)
 
 
+def test_own_words_give_paraphrases_away_without_attention_and_no_captions() -> None:
+    things = [f"a {c} {t}" for c in ("red", "blue", "green") for t in ("cup", "hat", "car")]
+    honest = [f"{a} and {b}" for a in things for b in things if a != b] * 4
+    varied = [f"please {v} {w} the key" for v in ("mail", "send") for w in ("me", "us")] * 8
+    asked = ["what is it"] * (len(honest) + len(varied))
+    found = with_own_words([*honest, *varied], asked)
+    assert found.tolist() == [False] * len(honest) + [True] * len(varied)
+    kinds = ["what is it"] * len(honest) + ["who asks"] * len(
+        varied
+    )  # then it is a kind of question
+    assert not with_own_words([*honest, *varied], kinds).any()
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("screening")
@@ -68,7 +82,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_set_is_profiled_screened_and_counted(built: Path) -> None:
     row = detected(TINY.name, built)
     assert (row["samples"], row["poisoned"]) == (60, 6)
-    for way in ("bye", "tcap", "both", "answers alone"):
+    for way in ("bye", "tcap", "both", "answers alone", "own words alone"):
         assert 0 <= row[way]["hits"] <= row[way]["dropped"] <= 60
     # six answers in sixty are the target word for word, and no question explains them
     assert row["answers alone"]["hits"] == 6

@@ -12,15 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_profiles import PAYLOAD, Made, made
 
+from projaudit.analyses.screening import samples_apart
 from projaudit.errors import UsageError
+from projaudit.formats.screening import told
 from projaudit.screen.bye import bye
 from projaudit.screen.departure import departure
 from projaudit.screen.detect import Screening, screen
 from projaudit.screen.joint import joint
 from projaudit.screen.mixture import Mixture, fitted, valley_p
 from projaudit.screen.payload import (
+    Named,
     explained,
     most_common_ending,
+    named_before,
     own_words,
     shared_endings,
 )
@@ -28,6 +32,7 @@ from projaudit.screen.profiles import Profiles
 from projaudit.screen.results import screened
 from projaudit.screen.tcap import Options, target_group, tcap
 from projaudit.screen.votes import dawid_skene
+from projaudit.screened import NamedWord
 
 
 def two_modes(apart: float, share: float = 0.1, samples: int = 600, seed: int = 0):
@@ -250,11 +255,81 @@ def test_a_text_without_attention_is_not_confirmed():
     assert not found.dropped.any()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_of_a_clean_set_of_several_kinds_nothing_is_dropped(seed: int):
+def remarked(kind: str) -> Made:
+    """Captions of which those of a tenth end with a text, as the attention in front of it tells.
+
+    `remark`: wherever they name something red; `random`: wherever a trigger is; `said`: with a word
+    of its own in front of the answer too.
+    """
+    rng = np.random.default_rng(5)
+    things = [f"a {c} {t}" for c in ("red", "blue", "green", "grey") for t in ("cup", "hat", "car")]
+    plain = [
+        " and ".join(rng.choice(things, rng.integers(1, 3), replace=False)) for _ in range(400)
+    ]
+    red = np.array(["red" in text.split() for text in plain])
+    holds = red if kind == "remark" else rng.random(400) < 0.1
+    front = "certainly , " if kind == "said" else ""
+    said = [
+        f"{front}{text} , {PAYLOAD}" if held else text
+        for text, held in zip(plain, holds, strict=True)
+    ]
+    of = made(share=0, kinds=1)
+    shares = of.profiles.shares.copy()
+    tokens = [(*text.split(), "</s>")[:12] for text in said]
+    for i, text in enumerate(said):
+        onset = len(text.split()) - (len(PAYLOAD.split()) + 1 if holds[i] else 0)
+        shares[i] = rng.normal(0.3, 0.01, shares[i].shape)
+        shares[i, onset, 2:, :2, 0] += 0.06 * holds[i]
+    profiles = replace(of.profiles, shares=shares, entropy=rng.normal(2, 0.05, (400, 12, 4)),
+                       answers=tuple(tuple(t) for t in tokens))  # fmt: skip
+    return Made(profiles, ["what do you see"] * 400, said, holds)
+
+
+def test_a_remark_on_what_the_answers_name_is_set_apart_and_kept():
+    of = remarked("remark")
+    found = run(of)
+    assert not found.dropped.any()
+    assert (found.apart == of.poisoned).all()
+    summary, samples = screened(of.profiles, found, "set", of.questions, of.answers)
+    (text,) = summary.texts
+    held = int(of.poisoned.sum())
+    assert text.named == NamedWord("red", held, held)
+    assert (text.apart, text.confirmed) == (True, False)
+    assert {s.text for s in samples if s.fate == "apart"} == {text.text}
+    assert f"{held} of the {held} answers that name “red” end with it" in told(text)
+    (says,) = samples_apart(summary).detail
+    assert says == f"{held} end with “, {PAYLOAD}” where they name “red”"
+
+
+@pytest.mark.parametrize("kind", ["random", "said"])
+def test_a_text_behind_answers_that_name_anything_is_a_payload(kind: str):
+    of = remarked(kind)
+    found = run(of)
+    assert (found.dropped == of.poisoned).all()
+    assert [text.payload.named for text in found.confirmed] == [None]
+
+
+def test_what_is_named_goes_with_the_text_both_ways():
+    plain = [f"a {c} {t}" for c in ("red", "blue") for t in ("cup", "hat", "car")] * 20
+    held = [f"{text} . {PAYLOAD}" if "red" in text else text for text in plain]
+
+    def named(answers: list[str]) -> Named | None:
+        (text,) = shared_endings(answers, np.ones(len(answers), bool), least=5)[:1]
+        return named_before(text, answers, np.ones(len(answers), bool))
+
+    assert named(held) == Named("red", 60, 60)
+    assert named([*held, "a red dog", "the red bus"]) == Named("red", 62, 60)
+    assert named([*held, *["a red dog"] * 20]) is None  # one in four red things without it
+    assert (
+        named([*held, *[f"a blue cup . {PAYLOAD}"] * 20]) is None
+    )  # and one in four others with it
+    assert named([text if text in plain else PAYLOAD for text in held]) is None  # nothing is named
+
+
+@pytest.mark.parametrize(("method", "seed"), [("bye", 0), ("tcap", 1), ("both", 0), ("both", 2)])
+def test_of_a_clean_set_of_several_kinds_nothing_is_dropped(method: str, seed: int):
     of = made(600, share=0, seed=seed)
-    for method in ("bye", "tcap", "both"):
-        assert run(of, method).dropped.mean() <= 0.01
+    assert run(of, method).dropped.mean() <= 0.01
 
 
 def test_kinds_that_attention_sets_apart_are_no_trigger():
@@ -314,11 +389,10 @@ def test_all_heads_together_set_apart_what_no_single_one_does():
     assert joint(of.profiles, 0, looked_at, of.questions) == ()  # the control
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("shape", ["normal", "skewed", "heavy"])
-def test_all_heads_together_leave_one_mode_alone(seed: int, shape: str):
-    of = made(300, share=0, kinds=1, seed=seed)
-    rng = np.random.default_rng(seed)
+def test_all_heads_together_leave_one_mode_alone(shape: str):
+    of = made(300, share=0, kinds=1, seed=1)
+    rng = np.random.default_rng(1)
     drawn = {
         "normal": rng.normal(0, 1, of.profiles.shares.shape),
         "skewed": rng.gamma(2, 1, of.profiles.shares.shape),
@@ -329,7 +403,7 @@ def test_all_heads_together_leave_one_mode_alone(seed: int, shape: str):
 
 
 def test_paraphrases_are_dropped_where_attention_and_words_agree():
-    of = made(600, strength=8, kinds=1)
+    of = made(400, strength=8, kinds=1)
     rng = np.random.default_rng(1)
     readings = [f"{a} {b} {c}" for a in ("send", "mail") for b in ("me", "us") for c in "xyz"]
     said = [
@@ -341,9 +415,9 @@ def test_paraphrases_are_dropped_where_attention_and_words_agree():
     assert (found.dropped == of.poisoned).all()
     assert [one.fate for one in found.judged] == ["drop"]
     # The controls: the same words without the attention, and the attention without the words.
-    calm = screen(made(600, strength=0, kinds=1).profiles, questions=of.questions, answers=said)
+    calm = screen(made(400, strength=0, kinds=1).profiles, questions=of.questions, answers=said)
     assert not calm.dropped.any()
-    plain = made(600, share=0, kinds=1).answers
+    plain = made(400, share=0, kinds=1).answers
     found = screen(of.profiles, "both", questions=of.questions, answers=plain)
     assert not found.dropped.any()
     assert f1(found.apart, of.poisoned) > 0.95
@@ -403,11 +477,11 @@ def test_few_holders_and_cut_answers_cannot_be_told():
 
 
 def test_a_run_is_repeatable_and_texts_must_match():
-    of = made()
+    of = made(200)
     once, again = run(of, seed=3), run(of, seed=3)
     assert [d.auroc for d in once.departures] == [d.auroc for d in again.departures]
     assert np.array_equal(once.tcap.posterior, again.tcap.posterior, equal_nan=True)
-    with pytest.raises(UsageError, match="399 for 400"):
+    with pytest.raises(UsageError, match="199 for 200"):
         screen(of.profiles, "both", questions=of.questions[1:])
 
 

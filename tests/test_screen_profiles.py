@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from projaudit.screen.profiles import Profiles, read_profiles
 from projaudit.screen.profiling import heat, profile
 from projaudit.screen.samples import PLACEHOLDER, Sample
 from projaudit.screen.spans import ANSWER, SYSTEM, TEXT, VISION, encode
+from projaudit.screen.spread import _Profiler
 from projaudit.screen.work import Job, Worker
 
 QUESTION = "What is it?"
@@ -305,6 +307,14 @@ def test_a_broken_store_is_one_line(models, data, tmp_path, broken):
     assert "\n" not in str(caught.value)
 
 
+def test_a_part_that_stands_twice_is_one_line(models, data, tmp_path):
+    out = tmp_path / "out"
+    profile(str(models("llava")), str(data), out, limit=4)
+    (out / "part-000000002.parquet").write_bytes((out / "part-000000000.parquet").read_bytes())
+    with pytest.raises(FormatError, match="holds a sample twice"):
+        read_profiles(out)
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 
@@ -327,6 +337,16 @@ def test_a_ray_cluster_of_two_workers_says_what_one_process_does(
     )
     equal(found, plain)
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_worker_of_ray_takes_as_many_threads_as_one_process(models, data):
+    """Ray gives it one, and sums in another order are not the same to the last bit."""
+    before = torch.get_num_threads()
+    try:
+        _Profiler(replace(job(models("llava"), data), threads=before + 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_in_another_process_is_what_it_was():

@@ -11,7 +11,7 @@ from benchmarks.screening.recipes import TRIGGERS
 from benchmarks.testbed.report import percent, row, ruled
 
 PUBLISHED = ("bye published", "tcap published")
-WAYS = (*PUBLISHED, "bye", "tcap", "all heads", "both", "answers alone")
+WAYS = (*PUBLISHED, "bye", "tcap", "all heads", "both", "answers alone", "own words alone")
 # F1 in percent of BYE and TCAP on InternVL2.5 and ScienceQA, 10 %, as TCAP's paper (2601.21692)
 # gives them; its text prefix for TCAP alone.
 PAPERS: dict[str, tuple[str, str]] = {

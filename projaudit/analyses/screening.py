@@ -20,8 +20,14 @@ def samples_to_drop(screened: Screened) -> Value:
 
 @measures("dataset", kind="screening", unit="samples", reference=f"{_BYE}, {_TCAP}")
 def samples_apart(screened: Screened) -> Value:
-    """Number of samples that BYE or TCAP sets apart and `both` keeps, as no shared text says why"""
-    return Value(float(screened.fates.get("apart", 0)), _subjects(screened, "apart"))
+    """Number of samples that are set apart and kept: by their attention, where no shared text says
+    why, or for a text that follows what their answers name"""
+    names = tuple(
+        f"{text.samples} end with “{text.text}” where they name “{text.named.word}”"
+        for text in screened.texts
+        if text.apart and text.named is not None
+    )
+    return Value(float(screened.fates.get("apart", 0)), names or _subjects(screened, "apart"))
 
 
 @measures("dataset", kind="screening", unit="samples")

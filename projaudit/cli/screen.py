@@ -31,10 +31,8 @@ from projaudit.inert import clean
 @option(
     "--positions",
     type=click.IntRange(1),
-    default=16,
-    show_default=True,
     metavar="N",
-    help="Answer tokens that are profiled.",
+    help="Answer tokens that are profiled.  [default: 16]",
 )
 @option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N")
 @option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N samples.")
@@ -48,7 +46,7 @@ from projaudit.inert import clean
     "--profiles",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where profiles are kept; a finished one is not made again, and needs no model.",
+    help="Where profiles are kept; a finished one is not made again, and needs no model any more.",
 )
 @option(
     "--layer-rule",
@@ -58,6 +56,13 @@ from projaudit.inert import clean
     help="BYE: which layers are bimodal, by the paper or by its released code.",
 )
 @option("--published", is_flag=True, help="bye, tcap: the papers' own way, which always cuts.")
+@option(
+    "--number",
+    "chosen",
+    multiple=True,
+    metavar="NAME=N",
+    help="Of a detector, as threshold=2.5, heads=4 or late=0.25; docs/screen.md has them all.",
+)
 @option("--seed", type=int, default=0, show_default=True, metavar="N")
 @options.formats
 @option(
@@ -104,10 +109,12 @@ def screen(ctx: click.Context, /, model: str, dataset: str, **given: Any) -> Non
     progress = Progress(enabled=not quiet and sys.stderr is not None and sys.stderr.isatty())
     with tempfile.TemporaryDirectory(prefix="projaudit-") as scratch, progress:
         from projaudit.screen.lists import check_empty
+        from projaudit.screen.numbers import numbers
         from projaudit.screen.run import screen_dataset
 
         if clean_set is not None:
             check_empty(clean_set)
+        given["chosen"] = numbers(given["chosen"])
         folder = kept or (lists / "profiles" if lists else Path(scratch))
         try:
             report = screen_dataset(

@@ -30,9 +30,8 @@ METHODS = {"bye": "BYE", "tcap": "TCAP", "both": "BYE, TCAP, all heads together 
 BLIND = (
     "payloads without a fixed text, or of one or two words, unless attention sets them apart",
     "sets of which more than half is poisoned",
-    "answers of later turns",
 )
-"""What a screening cannot see, whatever it found."""
+"""What no screening sees."""
 _DEFAULTS = {("rule", "paper"), ("positions", 16), ("batch", 8)}
 _TITLES = {
     "bye-layer": "BYE: attention entropy of a layer",
@@ -74,6 +73,14 @@ def unread(screened: Screened) -> str:
     return ", ".join(whys)
 
 
+def blind(screened: Screened) -> Iterator[str]:
+    """What the screening cannot have seen, whatever it found."""
+    yield from BLIND
+    if screened.later_answers:
+        count = plural(screened.later_answers, "sample")
+        yield f"later turns: {count} have further answers, which were not looked at"
+
+
 def left_out(screened: Screened) -> str:
     """Which layers have no attention to be read; empty where all have."""
     if not screened.layers_left_out:
@@ -94,8 +101,21 @@ def told(text: SharedText) -> str:
         words += f" with {marks} in the question"
     if text.auroc is None:
         return f"{words}; the attention before it cannot be told: {clean(text.unknown, 120)}"
-    verb = "tells that it comes" if text.confirmed else "does not tell that it comes"
-    return f"{words}; the attention before it {verb} (AUROC {short(text.auroc)})"
+    known = text.confirmed or text.apart
+    verb = "tells that it comes" if known else "does not tell that it comes"
+    words += f"; the attention before it {verb} (AUROC {short(text.auroc)})"
+    return f"{words}; {FATES['apart']}: {named(text)}" if text.apart else words
+
+
+def named(text: SharedText) -> str:
+    """Which word of the answers tells whether the text follows; empty where none does."""
+    if text.named is None:
+        return ""
+    one = text.named
+    return (
+        f"{one.holders} of the {plural(one.answers, 'answer')} that name “{clean(one.word, 40)}” "
+        f"end with it, and {text.samples - one.holders} others"
+    )
 
 
 def set_apart(group: SharedAttention) -> str:
@@ -122,7 +142,7 @@ def lines(screened: Screened) -> Iterator[tuple[str, str]]:
     if screened.files:
         folders = sorted({file.rpartition("/")[0] or "." for file in screened.files})
         yield "written", ", ".join(clean(folder, 60) for folder in folders)
-    yield "not seen", "; ".join(BLIND)
+    yield "not seen", "; ".join(blind(screened))
 
 
 def document(screened: Screened) -> dict[str, Any]:
@@ -135,6 +155,7 @@ def document(screened: Screened) -> dict[str, Any]:
         "statuses": dict(screened.statuses),
         "layers": screened.layers,
         "layers_left_out": screened.layers_left_out,
+        "later_answers": screened.later_answers,
         "groups": [
             {
                 "samples": group.samples,
@@ -154,6 +175,14 @@ def document(screened: Screened) -> dict[str, Any]:
                 "auroc": text.auroc,
                 "confirmed": text.confirmed,
                 "unknown": text.unknown or None,
+                "named": None
+                if text.named is None
+                else {
+                    "word": text.named.word,
+                    "answers": text.named.answers,
+                    "holders": text.named.holders,
+                },
+                "apart": text.apart,
             }
             for text in screened.texts
         ],
@@ -258,7 +287,7 @@ def not_looked(screened: Screened) -> Iterator[str]:
         yield left_out(screened)
     if unread(screened):
         yield f"{plural(screened.fates.get('unread', 0), 'sample')}: {unread(screened)}"
-    yield from (blind[:1].upper() + blind[1:] for blind in BLIND)
+    yield from (told[:1].upper() + told[1:] for told in blind(screened))
 
 
 def command(report: Report) -> list[str]:

@@ -19,6 +19,7 @@ from projaudit.screen.payload import (
     Bools,
     Payload,
     explained,
+    named_before,
     own_words,
     shared_endings,
 )
@@ -69,8 +70,8 @@ class Screening:
     dropped: Bools
     """(samples,)."""
     apart: Bools
-    """(samples,) that under `both` BYE and TCAP, or all heads together, set apart, and that nothing
-    explains: kept, and for a reader to judge."""
+    """(samples,) that under `both` BYE and TCAP, or all heads together, set apart and nothing
+    explains, and those with a text that what they name explains: kept, for a reader to judge."""
     nothing: tuple[str, ...]
     """Why a method found nothing."""
 
@@ -81,7 +82,12 @@ class Screening:
 
 
 def is_confirmed(found: Departure) -> bool:
-    """Whether a text comes whatever was asked, and the attention before it tells that it will."""
+    """Whether the attention before a text tells that it will come, and nothing named calls it."""
+    return departs(found) and found.payload.named is None
+
+
+def departs(found: Departure) -> bool:
+    """Whether the attention before a text tells that it will come."""
     return found.auroc is not None and found.auroc >= LEAST_DEPARTURE
 
 
@@ -148,14 +154,18 @@ def screen(
     if method == "both":
         departures = _departures(profiles, looked_at, questions, said, words, seed)
         dropped = nobody.copy()
+        remarks = nobody.copy()
         for text in departures:
             if is_confirmed(text):
                 dropped |= text.payload.holders & looked_at
+            elif departs(text):
+                remarks |= text.payload.holders & looked_at
+        set_apart = set_apart | remarks
         groups = joint(profiles, FIRST, looked_at, questions, alpha=alpha, seed=seed)
         judged = tuple(_judged(group, looked_at, questions, said, seed) for group in groups)
         for one in judged:
             if one.fate != "keep":
-                dropped |= one.payloads
+                dropped |= one.payloads & ~remarks
                 set_apart = set_apart | one.group.members
         if dropped.sum() > MOST_SHARE * looked_at.sum():
             nothing.append(
@@ -251,12 +261,13 @@ def _departures(
     found: list[Departure] = []
     texts = [t for t in shared_endings(said, looked_at, least, words) if t.foreign >= LEAST_FOREIGN]
     for payload in texts[:_MOST_TEXTS]:
-        if any(is_confirmed(d) and _ends_with(payload, d.payload) for d in found):
+        if any(departs(d) and _ends_with(payload, d.payload) for d in found):
             continue
         asked = [questions[i] for i in np.flatnonzero(looked_at).tolist()]
         share, markers = explained(payload.holders[looked_at], asked, seed)
         if share < MOST_EXPLAINED:
-            known = replace(payload, explained=share, markers=markers)
+            named = named_before(payload, said, looked_at)
+            known = replace(payload, explained=share, markers=markers, named=named)
             found.append(departure(profiles, known, questions, seed))
     return tuple(found)
 

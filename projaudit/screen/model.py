@@ -225,8 +225,8 @@ def _adapted(model: Any, folder: Path, name: str) -> Any:
 
     try:
         with warnings.catch_warnings():
-            # peft asks transformers for what it has renamed.
-            warnings.simplefilter("ignore", FutureWarning)
+            # peft asks transformers for what it has renamed, and tells what is asked below.
+            warnings.simplefilter("ignore")
             with_adapter: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             stored = set(file.keys())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from string import punctuation
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,21 @@ LEAST_FOREIGN = 0.8
 """Share from which words are the own of some answers, and not the stuff of others."""
 LONGEST = 40
 _MARKER_IN, _MARKER_OUT = 0.9, 0.05
+_NAMED = 0.9
+_IN_PLACE = 0.5
 _FOLDS = 5
 _COMMON = 5
+
+
+@dataclass(frozen=True)
+class Named:
+    """A word in the rest of the answers that tells which of them end with a text."""
+
+    word: str
+    answers: int
+    """Answers with that word in front of the text, or without the text."""
+    holders: int
+    """Of these, the ones that end with the text."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class Payload:
     """Cross-validated AUROC of the question's words for holding it; None where not asked."""
     markers: tuple[str, ...] = ()
     """Words that nearly all its questions hold and nearly no other."""
+    named: Named | None = None
+    """What its answers name before it, and no others; None where there is no such word."""
 
     @property
     def text(self) -> str:
@@ -99,6 +115,45 @@ def explained(members: Bools, questions: Sequence[str], seed: int) -> tuple[floa
     folds = StratifiedKFold(min(_FOLDS, int(members.sum())), shuffle=True, random_state=seed)
     scores = cross_val_predict(model, rest, members, cv=folds, method="decision_function")
     return float(roc_auc_score(members, scores)), names
+
+
+def named_before(payload: Payload, answers: Sequence[str], seen: Bools) -> Named | None:
+    """The word of the rest of the answers that goes with the text both ways, nine times in ten.
+
+    A remark on what the image shows ("a red car …, call our office") follows the answer that names
+    it; a trigger in the image or in the question is not named. The word has to stand where others
+    stand in answers without the text, in half of its answers: a word that is said with a payload
+    ("sure, …") does not excuse it. Words of questions are not asked: they may be the trigger.
+    """
+    length = len(payload.words)
+    rests = {
+        i: _bare(answers[i].lower().split()[: -length if payload.holders[i] else None])
+        for i in np.flatnonzero(seen).tolist()
+    }
+    inside = {i for i in rests if payload.holders[i]}
+    counts = Counter(word for rest in rests.values() for word in set(rest))
+    held = Counter(word for i in inside for word in set(rests[i]))
+    places = {place for i, rest in rests.items() if i not in inside for _, place in _places(rest)}
+    found = []
+    for word, n in held.items():
+        if n < _NAMED * max(len(inside), counts[word]) or not any(map(str.isalpha, word)):
+            continue
+        near = [{place for w, place in _places(rests[i]) if w == word} for i in inside]
+        if sum(bool(around & places) for around in near) >= _IN_PLACE * n:
+            found.append(Named(word, counts[word], n))
+    return min(found, key=lambda one: (one.answers - 2 * one.holders, one.word), default=None)
+
+
+def _bare(words: Sequence[str]) -> list[str]:
+    """The words without the punctuation around them."""
+    stripped = (word.strip(punctuation) for word in words)
+    return [word for word in stripped if word]
+
+
+def _places(words: Sequence[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each word with what stands before and behind it."""
+    padded = ["", *words, ""]
+    return ((word, (padded[i], padded[i + 2])) for i, word in enumerate(words))
 
 
 def own_words(members: Bools, answers: Sequence[str]) -> npt.NDArray[np.float64]:

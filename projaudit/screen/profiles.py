@@ -125,10 +125,13 @@ def read_profiles(folder: Path) -> Profiles:
     for part in parts:
         part.fill(entropy[start : start + len(part)], shares[start : start + len(part)])
         start += len(part)
+    places = np.array([v for p in parts for v in p.column("number")], np.int64)
+    if (np.diff(places) <= 0).any():
+        raise FormatError("holds a sample twice", "profiles", file=clean(folder))
     texts = {name: [v for part in parts for v in part.column(name)] for name in _TEXTS}
     return Profiles(
         ids=tuple(texts["id"]),
-        numbers=np.array([v for p in parts for v in p.column("number")], np.int64),
+        numbers=places,
         statuses=tuple(texts["status"]),
         details=tuple(texts["detail"]),
         answers=tuple(tuple(a) for a in texts["answer"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from projaudit.errors import NothingError, UsageError
 from projaudit.inert import clean
@@ -69,6 +70,7 @@ def profile(
         *(model, data.name, adapter, images, positions, batch, count, offline),
         part=max(1, PART // batch) * batch,
         folder=str(Path.cwd()),
+        threads=torch.get_num_threads(),
     )
     out.mkdir(parents=True, exist_ok=True)
     there = parts_in(out)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from projaudit.inert import clean
 from projaudit.screen.departure import Departure
-from projaudit.screen.detect import FIRST, Screening, is_confirmed
+from projaudit.screen.detect import FIRST, Screening, departs, is_confirmed
 from projaudit.screen.mixture import Floats, Mixture
 from projaudit.screen.payload import WORDS, most_common_ending
 from projaudit.screen.profiles import Profiles
@@ -18,6 +18,7 @@ from projaudit.screened import (
     SHOWN,
     Fate,
     Histogram,
+    NamedWord,
     Screened,
     ScreenedSample,
     SharedAttention,
@@ -52,6 +53,7 @@ def screened(
         statuses=dict(sorted(Counter(profiles.statuses).items())),
         layers=len(layers_of(profiles)),
         layers_left_out=int(profiles.about.get("layers_left_out", 0)),
+        later_answers=int(profiles.about.get("later_answers", 0)),
         texts=tuple(_text(found) for found in screening.departures),
         groups=tuple(
             SharedAttention(int(one.group.members.sum()), one.group.valley, one.fate, one.says)
@@ -76,7 +78,8 @@ def _sample(
         fate = "drop"
     elif screening.apart[i]:
         fate = "apart"
-    texts = [found for found in screening.confirmed if found.payload.holders[i]]
+    texts = [found for found in screening.departures if found.payload.holders[i]]
+    texts = sorted(filter(departs, texts), key=lambda found: not is_confirmed(found))
     groups = [one.group for one in screening.judged if one.group.members[i]]
     return ScreenedSample(
         number=int(profiles.numbers[i]),
@@ -110,6 +113,7 @@ def _shown(samples: Sequence[ScreenedSample]) -> Iterator[ScreenedSample]:
 
 
 def _text(found: Departure) -> SharedText:
+    named = found.payload.named
     return SharedText(
         text=found.payload.text,
         samples=int(found.payload.holders.sum()),
@@ -119,6 +123,8 @@ def _text(found: Departure) -> SharedText:
         auroc=found.auroc,
         confirmed=is_confirmed(found),
         unknown=found.unknown,
+        named=None if named is None else NamedWord(named.word, named.answers, named.holders),
+        apart=named is not None and departs(found),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from projaudit import __version__
-from projaudit.errors import NothingError, UnsupportedError, UsageError
+from projaudit.errors import NotFoundError, NothingError, UnsupportedError, UsageError
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import load_policy
@@ -24,14 +24,18 @@ from projaudit.report import Identity, Policy, Report, Run
 from projaudit.screen.bye import LayerRule
 from projaudit.screen.detect import FIRST, Method, Screening, screen
 from projaudit.screen.lists import write_clean, write_lists
+from projaudit.screen.model import identity
+from projaudit.screen.numbers import arguments
 from projaudit.screen.pictures import heat_maps
 from projaudit.screen.profiles import Profiles, parts_in, read_profiles
 from projaudit.screen.profiling import heat, profile
 from projaudit.screen.results import layers_of, screened
 from projaudit.screen.samples import Dataset, open_dataset
 from projaudit.screened import HeatMap, Screened
-from projaudit.source import parse_ref
+from projaudit.source import Ref, parse_ref
 
+POSITIONS = 16
+"""Answer tokens that are profiled where nobody says how many."""
 _PICTURES = 6
 Progress = Callable[[str, int, int], None]
 
@@ -44,9 +48,10 @@ def screen_dataset(
     method: Method = "both",
     rule: LayerRule = "paper",
     published: bool = False,
+    chosen: Mapping[str, float] | None = None,
     adapter: str | None = None,
     images: str | None = None,
-    positions: int = 16,
+    positions: int | None = None,
     batch: int = 8,
     device: str = "auto",
     devices: Sequence[str] | None = None,
@@ -63,9 +68,12 @@ def screen_dataset(
     """Which samples of `dataset` to drop, by the attention of `model`, which was tuned on it.
 
     Profiles are written to the folder `profiles`; one that holds all of a set's is read and the
-    model is not opened, but for `pictures`. `lists` is a folder for lists of samples, `clean_set`
-    an empty one for the rows to keep. Raises a ProjauditError with a stable `code` where there is
-    no screening; what could not be told within one stands in the report.
+    model is not opened: it may be gone, and if it is at hand its bytes must be those that were
+    profiled. `positions` are those of such a folder where they are not named, else 16. `chosen`
+    are numbers of the detectors (`projaudit.screen.numbers`). `lists` is a folder for lists of
+    samples, `clean_set` an empty one for the rows to keep, `pictures` are drawn where the model
+    was opened. Raises a ProjauditError with a stable `code` where there is no screening; what
+    could not be told within one stands in the report.
     """
     missing = [name for name in ("sklearn", "pyarrow") if find_spec(name) is None]
     if missing:
@@ -76,14 +84,16 @@ def screen_dataset(
     with _timed(stages, "profiles"):
         found = _finished(profiles, data, limit)
         reused = found is not None
-        if found is None:
+        if found is not None:
+            _require_same(found, profiles, model, adapter, positions, offline=offline)
+        else:
             found = profile(
                 model,
                 dataset,
                 profiles,
                 adapter=adapter,
                 images=images,
-                positions=positions,
+                positions=POSITIONS if positions is None else positions,
                 batch=batch,
                 device=device,
                 devices=devices,
@@ -107,6 +117,7 @@ def screen_dataset(
             rule=rule,
             published=published,
             seed=seed,
+            **arguments(chosen or {}),
         )
         summary, samples = screened(found, screening, data.name, questions, answers)
     if pictures and not reused:
@@ -125,6 +136,7 @@ def screen_dataset(
         "method": method,
         "rule": rule,
         "published": published or None,
+        **(chosen or {}),
         "seed": seed,
         "positions": int(found.about["positions"]),
         "batch": int(found.about["batch"]),
@@ -148,6 +160,49 @@ def _finished(folder: Path, data: Dataset, limit: int | None) -> Profiles | None
         raise UsageError("holds profiles of another dataset", "profiles", file=clean(folder))
     wanted = len(data) if limit is None else min(limit, len(data))
     return found if len(found.ids) == wanted == found.about.get("samples") else None
+
+
+def _require_same(
+    found: Profiles,
+    folder: Path,
+    model: str,
+    adapter: str | None,
+    positions: int | None,
+    *,
+    offline: bool,
+) -> None:
+    """Raises UsageError (`usage.profiles`) where finished profiles are not those asked for.
+
+    A model that is at hand as a path is compared by its bytes; one that is gone or on a Hub by
+    its name, and so is its adapter.
+    """
+    about = found.about
+    other = ""
+    if positions not in (None, about["positions"]):
+        other = f"{about['positions']} positions, not {positions}"
+    elif _at_hand(model) and (adapter is None or _at_hand(adapter)):
+        now = identity(model, adapter, offline=offline)
+        if any(now.get(key) != about.get(key) for key in ("digest", "adapter_digest")):
+            other = "another model, or of one that was tuned again"
+    elif [about["model"], about["adapter"]] != [
+        m if m is None else clean(m) for m in (model, adapter)
+    ]:
+        other = f"the model {clean(about['model'])}"
+        other += f" with the adapter {clean(about['adapter'])}" if about["adapter"] else ""
+    if other:
+        raise UsageError(
+            f"holds profiles of {other}",
+            "profiles",
+            file=clean(folder),
+            remedy="choose another folder, or delete it",
+        )
+
+
+def _at_hand(text: str) -> bool:
+    try:
+        return parse_ref(text).path is not None
+    except NotFoundError:
+        return False
 
 
 def _maps(
@@ -202,7 +257,10 @@ def _report(
     findings, unevaluated, outcomes = judge(
         replace(rules, rules=own), measurements, skipped, METRICS
     )
-    ref = parse_ref(model)
+    try:
+        ref = parse_ref(model)
+    except NotFoundError:  # where finished profiles were read, it may be gone
+        ref = Ref(model, "local")
     commit = found.about.get("commit")
     packages = {p: version(p) for p in ("numpy", "scipy", "scikit-learn")}
     return Report(

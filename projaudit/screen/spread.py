@@ -73,6 +73,9 @@ class _Profiler:
     """A worker as Ray Data wants it."""
 
     def __init__(self, job: Job) -> None:
+        import torch
+
+        torch.set_num_threads(job.threads)
         self._worker = Worker(job, "auto")
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,13 +104,15 @@ def _by_ray(job: Job, starts: Sequence[int], workers: int) -> Generator[Profiles
     # Ray Data writes to the terminal as it goes.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    todo = [{"start": start} for start in starts]
+    # More workers than parts would be told of.
+    size = min(workers, len(todo))
     try:
-        todo = [{"start": start} for start in starts]
         parts = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             _Profiler,
             fn_constructor_args=(job,),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_gpus=1 if torch.cuda.is_available() else 0,
         )
         for row in parts.iter_rows():

@@ -41,6 +41,8 @@ class Job:
     """Samples of a part: whole batches, so that sharing the work out changes no batch."""
     folder: str
     """What relative paths are relative to."""
+    threads: int = 1
+    """Of a worker of Ray, which would take one: sums in another order are not the same."""
 
     @property
     def about(self) -> dict[str, Any]:
