@@ -29,11 +29,11 @@ from projaudit.listening import (
 from projaudit.mmproj import as_converted, as_stored
 from projaudit.opened import around, found_in, open_bases, open_target
 from projaudit.policy import load_policy
+from projaudit.refs import Ref, parse_ref
 from projaudit.report import Coverage, Report
 from projaudit.reporting import Audit, report_of
 from projaudit.session import Progress, Session, find_device, settle
 from projaudit.sides import noted, settled, sides_of
-from projaudit.source import Ref, parse_ref
 
 if TYPE_CHECKING:
     from projaudit.analyses.context import Direction

@@ -9,8 +9,9 @@ from typing import Any
 
 from projaudit.errors import BaseError, FormatError, ProjauditError
 from projaudit.inert import clean
+from projaudit.refs import Ref, parse_ref
 from projaudit.report import Claim, Provenance
-from projaudit.source import Ref, Source, parse_ref
+from projaudit.source import Source
 from projaudit.strict import front_matter, load_json
 
 MAX_DEPTH = 8

@@ -19,9 +19,10 @@ from projaudit.mmproj import locate_mmproj
 from projaudit.peft_config import NON_LORA, Adapter, not_read, read_adapter
 from projaudit.projector import Projector, locate, require_readable
 from projaudit.readings import Reading
+from projaudit.refs import Ref
 from projaudit.report import Identity, Provenance
 from projaudit.session import Session
-from projaudit.source import Ref, Source
+from projaudit.source import Source
 from projaudit.weight_files import Ambiguity, is_pickle
 
 Found = tuple[Reading, tuple[Projector, ...]]

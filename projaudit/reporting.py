@@ -16,6 +16,7 @@ from projaudit.judge import judge
 from projaudit.listening import Depth, unheard
 from projaudit.opened import Base, identity
 from projaudit.policy import RuleSet
+from projaudit.refs import parse_ref, public
 from projaudit.report import (
     Coverage,
     ErrorRecord,
@@ -27,7 +28,6 @@ from projaudit.report import (
     TensorRead,
 )
 from projaudit.session import Session, environment
-from projaudit.source import parse_ref, public
 
 if TYPE_CHECKING:
     import torch

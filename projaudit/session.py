@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from projaudit import __version__
 from projaudit.errors import UsageError
 from projaudit.inert import clean
-from projaudit.source import Ref, Source, open_local
+from projaudit.refs import Ref
+from projaudit.source import Source, open_local
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,9 @@ from projaudit.checkpoint import Checkpoint, load_tensors
 from projaudit.errors import FormatError, ProjauditError, UnsupportedError, UsageError
 from projaudit.inert import clean
 from projaudit.readings import Reading
+from projaudit.refs import Ref
 from projaudit.safetensors_header import TensorInfo, read_header
-from projaudit.source import Ref, open_local
+from projaudit.source import open_local
 
 _FILE_LIMIT = 256 << 20
 _TOKENIZER_LIMIT = 64 << 20

@@ -26,7 +26,8 @@ from projaudit.linalg import spectrum, spectrum_of_product
 from projaudit.peft_config import _matches, read_adapter
 from projaudit.peft_methods import merged
 from projaudit.projector import locate
-from projaudit.source import open_local, parse_ref
+from projaudit.refs import parse_ref
+from projaudit.source import open_local
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of what it is asked for

@@ -25,8 +25,9 @@ from projaudit.peft_config import read_adapter
 from projaudit.projector import locate
 from projaudit.quantised import find
 from projaudit.quantised_config import rewrites
+from projaudit.refs import Ref
 from projaudit.safetensors_header import TensorInfo
-from projaudit.source import Ref, RepoFile, Traffic
+from projaudit.source import RepoFile, Traffic
 from projaudit.weight_files import read_config, ways_to_read
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "2000"))

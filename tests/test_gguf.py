@@ -29,8 +29,9 @@ from projaudit.gguf_header import GGML_TYPES, PROBE, read_gguf_header
 from projaudit.gguf_values import QUANTISED, dequantised, spacing
 from projaudit.mmproj import as_converted, converted_from, locate_mmproj, namings
 from projaudit.projector import locate
+from projaudit.refs import parse_ref
 from projaudit.safetensors_header import Header
-from projaudit.source import LocalSource, open_local, parse_ref
+from projaudit.source import LocalSource, open_local
 
 KINDS = gguf.GGMLQuantizationType
 WRITABLE = ["MXFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]

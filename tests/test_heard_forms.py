@@ -32,7 +32,8 @@ from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import load_weights, open_checkpoint
 from projaudit.data import data_path
 from projaudit.opened import projectors_of
-from projaudit.source import open_local, parse_ref
+from projaudit.refs import parse_ref
+from projaudit.source import open_local
 
 WEIGHTS = "model.safetensors"
 TUNED, BASE = (data_path("demo") / name for name in ("backdoored", "base"))

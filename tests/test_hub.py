@@ -33,7 +33,7 @@ from projaudit.errors import (
 from projaudit.hub import HubSource, Limits, guard, guarded_client, listing, open_hub
 from projaudit.hub.cache import Cache, cache_root, open_cache
 from projaudit.hub.ranges import plan_blocks
-from projaudit.source import Ref, parse_ref
+from projaudit.refs import Ref, parse_ref
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 QUICK = Limits(connect=5.0, read=5.0)
@@ -1293,7 +1293,7 @@ def test_import_stays_light() -> None:
 
 def test_environment_for_a_subprocess(hub: FakeHub, model: str) -> None:
     script = (
-        "from projaudit.hub import open_hub; from projaudit.source import parse_ref\n"
+        "from projaudit.hub import open_hub; from projaudit.refs import parse_ref\n"
         "source = open_hub(parse_ref('hf://org/model'))\n"
         f"print(source.commit, len(source.read('{SHARD}', 0, 1000)))"
     )

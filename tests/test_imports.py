@@ -17,6 +17,7 @@ LAYERS = [
     ["data", "inert", "errors", "findings", "evidence", "screened"],
     ["metrics", "strict", "report", "chain"],
     [
+        "refs",
         "source",
         "safetensors_header",
         "gguf_header",

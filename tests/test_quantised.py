@@ -22,9 +22,10 @@ from projaudit.findings import Verdict
 from projaudit.quantised import find
 from projaudit.quantised_config import rewrites
 from projaudit.quantised_values import unpack
+from projaudit.refs import parse_ref
 from projaudit.rounding import rounding
 from projaudit.safetensors_header import DTYPE_BITS, TensorInfo
-from projaudit.source import open_local, parse_ref
+from projaudit.source import open_local
 
 Tensors = dict[str, torch.Tensor]
 Made = tuple[Tensors, dict[str, Any]]

@@ -30,9 +30,9 @@ from projaudit.cli import main
 from projaudit.errors import NetworkError, ProjauditError, UsageError
 from projaudit.findings import Verdict
 from projaudit.hub.guard import Limits
+from projaudit.refs import parse_ref
 from projaudit.remote import open_remote
 from projaudit.remote.transfer import check_redirect
-from projaudit.source import parse_ref
 
 # Libraries of other people, whose warnings are not ours.
 pytestmark = pytest.mark.filterwarnings("default")

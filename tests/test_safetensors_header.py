@@ -17,8 +17,9 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save, save_file
 
 from projaudit.errors import FormatError
+from projaudit.refs import parse_ref
 from projaudit.safetensors_header import DTYPE_BITS, PROBE, Header, parse_header, read_header
-from projaudit.source import open_local, parse_ref
+from projaudit.source import open_local
 
 
 def file_of(header: object, data: bytes = b"") -> bytes:

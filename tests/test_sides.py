@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import projaudit
 from projaudit.audit import explained
 from projaudit.findings import Verdict
+from projaudit.refs import Ref
 from projaudit.session import Session
-from projaudit.source import Ref, Source
+from projaudit.source import Source
 
 BASE = llava(0)
 TUNED = tuned(BASE, 0.05)

@@ -18,7 +18,8 @@ from projaudit.errors import (
     ProjauditError,
     UsageError,
 )
-from projaudit.source import LocalSource, open_local, parse_hub_id, parse_ref
+from projaudit.refs import parse_hub_id, parse_ref
+from projaudit.source import LocalSource, open_local
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -18,7 +18,8 @@ from projaudit.behaviour.stage import VOCABULARY_LIMIT, stage, to_download
 from projaudit.data import data_path
 from projaudit.errors import IntegrityError, NotFoundError, OfflineError
 from projaudit.hub import Limits, open_hub
-from projaudit.source import LFS_POINTER, LocalSource, open_local, parse_ref
+from projaudit.refs import parse_ref
+from projaudit.source import LFS_POINTER, LocalSource, open_local
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -26,8 +26,9 @@ from projaudit.checkpoint import load_tensors, open_checkpoint
 from projaudit.cli import main
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.findings import Verdict
+from projaudit.refs import parse_ref
 from projaudit.safetensors_header import Header
-from projaudit.source import RepoFile, open_local, parse_ref
+from projaudit.source import RepoFile, open_local
 from projaudit.torch_zip import read_torch_zip
 
 Tensors = Mapping[str, torch.Tensor]

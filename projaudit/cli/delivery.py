@@ -48,7 +48,7 @@ def paths_for(output: str | None, formats: Sequence[str], target: str) -> dict[s
             raise wrong(f"is a file for {name}, not for {', '.join(formats)}")
         chosen = {name: path}
     else:
-        from projaudit.source import public
+        from projaudit.refs import public
 
         stem = re.sub(r"[^A-Za-z0-9._-]+", "--", public(target).removeprefix("hf://")).strip("-.")
         stem = stem[-100:] or "report"

@@ -13,7 +13,8 @@ from projaudit.hub.failures import nonsense
 from projaudit.hub.guard import http, origin
 from projaudit.hub.link import Link
 from projaudit.inert import clean
-from projaudit.source import MAX_FILES, RepoFile, parse_hub_id
+from projaudit.refs import parse_hub_id
+from projaudit.source import MAX_FILES, RepoFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -16,14 +16,8 @@ from projaudit.hub.listing import Repo, resolve
 from projaudit.hub.offline import recall, remember
 from projaudit.hub.ranges import BLOCK, Span, cut, plan_blocks, put
 from projaudit.hub.transfer import Progress, Transfer
-from projaudit.source import (
-    Ref,
-    RepoFile,
-    check_revision,
-    parse_hub_id,
-    refuse_lfs_pointer,
-    too_long,
-)
+from projaudit.refs import Ref, check_revision, parse_hub_id
+from projaudit.source import RepoFile, refuse_lfs_pointer, too_long
 
 Verified = Literal["full", "range", "unverified"]
 

@@ -18,10 +18,10 @@ from projaudit.lens.result import Study
 from projaudit.lens.wish import Wish, asked_of, options_of
 from projaudit.opened import identity, name_of, open_bases, projectors_of
 from projaudit.projector import Projector
+from projaudit.refs import Ref, parse_ref
 from projaudit.report import Coverage
 from projaudit.session import Progress, Session, environment, find_device, settle
 from projaudit.sides import Side
-from projaudit.source import Ref, parse_ref
 from projaudit.targets import token_ids
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from projaudit.errors import (
 )
 from projaudit.hub.link import Link, Request
 from projaudit.inert import clean
+from projaudit.refs import Ref, is_sound_path
 from projaudit.remote.transfer import Item, State
-from projaudit.source import MAX_FILES, Ref, RepoFile, is_sound_path
+from projaudit.source import MAX_FILES, RepoFile
 
 Page = tuple[list[tuple[str, int, State]], str | None]
 """(key, size, state) of each object of a page of a listing, and what gives the next page."""

@@ -8,11 +8,12 @@ from typing import Literal
 from projaudit.errors import OfflineError, UsageError
 from projaudit.hub.guard import Limits
 from projaudit.hub.link import Link, is_offline
+from projaudit.refs import Ref
 from projaudit.remote import buckets, web
 from projaudit.remote.registry import open_model
 from projaudit.remote.source import Progress, RemoteSource
 from projaudit.remote.transfer import check_redirect
-from projaudit.source import Ref, Source
+from projaudit.source import Source
 
 
 def open_remote(

@@ -24,18 +24,16 @@ from projaudit.errors import (
 from projaudit.hub.guard import Limits
 from projaudit.hub.ranges import Span
 from projaudit.inert import clean
+from projaudit.refs import Ref, is_sound_path, parse_ref
 from projaudit.remote.buckets import missing
 from projaudit.remote.source import RemoteSource, temporary_folder
 from projaudit.source import (
     MAX_FILES,
     LocalSource,
-    Ref,
     RepoFile,
     Source,
     Traffic,
-    is_sound_path,
     open_local,
-    parse_ref,
     refuse_lfs_pointer,
     too_long,
 )

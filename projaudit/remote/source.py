@@ -13,14 +13,9 @@ from projaudit.errors import FormatError, LimitError, NotFoundError
 from projaudit.hub.link import Link
 from projaudit.hub.ranges import BLOCK, Span, cut, plan_blocks, put
 from projaudit.inert import clean
+from projaudit.refs import Ref
 from projaudit.remote.transfer import Item, NoRanges, get_range, get_whole
-from projaudit.source import (
-    Ref,
-    RepoFile,
-    open_local,
-    refuse_lfs_pointer,
-    too_long,
-)
+from projaudit.source import RepoFile, open_local, refuse_lfs_pointer, too_long
 
 Progress = Callable[[str, int, int], None]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from urllib.parse import unquote, urlsplit
 
 from projaudit.hub.link import Link
+from projaudit.refs import Ref
 from projaudit.remote.transfer import Item, look
-from projaudit.source import Ref, RepoFile
+from projaudit.source import RepoFile
 
 ACCOUNT = "check the URL; signed ones expire"
 

@@ -20,6 +20,7 @@ from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Mended, from_plain
 from projaudit.listening import models_differ, teller, wish
 from projaudit.opened import around, found_in, open_bases, open_target
+from projaudit.refs import parse_ref
 from projaudit.repair.files import (
     MODEL,
     PROJECTOR,
@@ -34,7 +35,6 @@ from projaudit.repair.outcome import Method, Repair, Written, heard, strength
 from projaudit.report import Report
 from projaudit.session import Progress, Session, find_device, settle
 from projaudit.sides import Side, sides_of
-from projaudit.source import parse_ref
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,9 @@ from projaudit.inert import clean
 from projaudit.peft_config import CONFIG as ADAPTER_CONFIG
 from projaudit.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from projaudit.peft_config import not_read, rank_of, read_adapter
+from projaudit.refs import parse_ref
 from projaudit.session import Session, find_device, settle
-from projaudit.source import Source, parse_ref
+from projaudit.source import Source
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "peft")
 # adapter_config.json: what peft reads when it puts an adapter into a model that is at hand. The

@@ -20,6 +20,7 @@ from projaudit.errors import NotFoundError, NothingError, UnsupportedError, Usag
 from projaudit.inert import clean
 from projaudit.judge import judge
 from projaudit.policy import load_policy
+from projaudit.refs import Ref, parse_ref
 from projaudit.report import Identity, Policy, Report, Run
 from projaudit.screen.bye import LayerRule
 from projaudit.screen.detect import FIRST, Method, Screening, screen
@@ -32,7 +33,6 @@ from projaudit.screen.profiling import heat, profile
 from projaudit.screen.results import layers_of, screened
 from projaudit.screen.samples import Dataset, open_dataset
 from projaudit.screened import HeatMap, Screened
-from projaudit.source import Ref, parse_ref
 
 POSITIONS = 16
 """Answer tokens that are profiled where nobody says how many."""

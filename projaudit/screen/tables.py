@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 from projaudit.errors import FormatError, LimitError, NotFoundError, UsageError
 from projaudit.inert import clean
+from projaudit.refs import parse_ref
 from projaudit.screen.arrow import published, saved
-from projaudit.source import parse_ref
 from projaudit.strict import decode_json, load_json
 
 JSON_LIMIT = 4 << 30
