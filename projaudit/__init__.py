@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from projaudit.audit import check
     from projaudit.errors import ProjauditError
     from projaudit.findings import Finding, Verdict
-    from projaudit.projector import locate
+    from projaudit.locating import locate
     from projaudit.report import Report
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "ProjauditError": "errors",
     "Finding": "findings",
     "Verdict": "findings",
-    "locate": "projector",
+    "locate": "locating",
     "Report": "report",
 }
 

@@ -9,8 +9,9 @@ from projaudit.adapters import Fit
 from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
 from projaudit.coverage import adapter_config_changes, changed_by, code_of, compare
+from projaudit.family import undeclared
 from projaudit.opened import Base, Found, identity, name_of, stored_names
-from projaudit.projector import Projector, undeclared
+from projaudit.projector import Projector
 from projaudit.report import Coverage
 from projaudit.sides import Side
 

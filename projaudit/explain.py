@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from projaudit.errors import FormatError
+from projaudit.family import Family, classes_of, families, modules, undeclared
 from projaudit.inert import clean
+from projaudit.locating import locate
+from projaudit.matching import match
 from projaudit.position import deciding_words, text_widths
-from projaudit.projector import (
-    Family,
-    Projector,
-    classes_of,
-    families,
-    locate,
-    match,
-    modules,
-    undeclared,
-)
+from projaudit.projector import Projector
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from projaudit.projector import Projector, locate
+from projaudit.locating import locate
+from projaudit.projector import Projector
 
 _TYPE_KEYS = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
 _TOWERS = {"v.": "vision_tower.v.", "a.": "audio_tower.a."}

@@ -15,9 +15,10 @@ from projaudit.errors import (
     UnsupportedError,
 )
 from projaudit.inert import clean
+from projaudit.locating import locate
 from projaudit.mmproj import locate_mmproj
 from projaudit.peft_config import NON_LORA, Adapter, not_read, read_adapter
-from projaudit.projector import Projector, locate, require_readable
+from projaudit.projector import Projector, require_readable
 from projaudit.readings import Reading
 from projaudit.refs import Ref
 from projaudit.report import Identity, Provenance

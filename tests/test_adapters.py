@@ -23,9 +23,9 @@ from projaudit.checkpoint import load_tensors, load_weights, open_checkpoint
 from projaudit.errors import FormatError, LimitError, ProjauditError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.linalg import spectrum, spectrum_of_product
+from projaudit.locating import locate
 from projaudit.peft_config import _matches, read_adapter
 from projaudit.peft_methods import merged
-from projaudit.projector import locate
 from projaudit.refs import parse_ref
 from projaudit.source import open_local
 

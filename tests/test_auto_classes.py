@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from projaudit import ProjauditError, locate
-from projaudit.projector import classes_of, families
+from projaudit.family import classes_of, families
 from projaudit.readings import parameter
 
 DATA = Path(__file__).parent / "data"

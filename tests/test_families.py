@@ -18,9 +18,11 @@ import projaudit
 from projaudit.analyses.nulls import real_change
 from projaudit.analyses.responses import _shift, _states
 from projaudit.chain import forward, parse
+from projaudit.family import undeclared
 from projaudit.findings import Verdict
+from projaudit.locating import locate
 from projaudit.pair import pair
-from projaudit.projector import Projector, locate, undeclared
+from projaudit.projector import Projector
 
 VISION = {
     "hidden_size": 48,

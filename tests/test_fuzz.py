@@ -21,8 +21,8 @@ from safetensors.torch import save
 
 from projaudit.adapters import fit
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
+from projaudit.locating import locate
 from projaudit.peft_config import read_adapter
-from projaudit.projector import locate
 from projaudit.quantised import find
 from projaudit.quantised_config import rewrites
 from projaudit.refs import Ref

@@ -27,8 +27,8 @@ from projaudit.errors import BaseError, FormatError, LimitError, NothingError, U
 from projaudit.findings import Verdict
 from projaudit.gguf_header import GGML_TYPES, PROBE, read_gguf_header
 from projaudit.gguf_values import QUANTISED, dequantised, spacing
+from projaudit.locating import locate
 from projaudit.mmproj import as_converted, converted_from, locate_mmproj, namings
-from projaudit.projector import locate
 from projaudit.refs import parse_ref
 from projaudit.safetensors_header import Header
 from projaudit.source import LocalSource, open_local

@@ -22,9 +22,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import projaudit
 from projaudit.errors import UnsupportedError
+from projaudit.family import families
 from projaudit.findings import Verdict
+from projaudit.locating import locate
 from projaudit.module import build
-from projaudit.projector import Projector, blueprint, families, locate
+from projaudit.projector import Projector, blueprint
 from projaudit.recipe import LARGEST, Blueprint, settings
 
 WEIGHTS = "model.safetensors"

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 import projaudit
 from projaudit.errors import ProjauditError
+from projaudit.family import families
 from projaudit.findings import Verdict
+from projaudit.locating import locate
 from projaudit.pair import pair
 from projaudit.position import positioned, text_widths
-from projaudit.projector import families, locate
 from projaudit.update import LayerUpdate
 
 DATA = Path(__file__).parent / "data"

@@ -31,7 +31,7 @@ from projaudit.behaviour.change import Correction, clipped, corrected, correctio
 from projaudit.cli import main
 from projaudit.errors import ProjauditError, UnsupportedError, UsageError
 from projaudit.evidence import Factors, Mended, Sandbox, Tried
-from projaudit.projector import locate
+from projaudit.locating import locate
 from projaudit.repair import run as pipeline
 from projaudit.repair.formats import render_html, render_json, render_text
 from projaudit.repair.method import applied, parse_method

@@ -12,8 +12,8 @@ from models import CONFIG, P, Tensors, llava, tuned
 
 from projaudit.chain import forward
 from projaudit.errors import BaseError, UnsupportedError
+from projaudit.locating import locate
 from projaudit.pair import pair
-from projaudit.projector import locate
 from projaudit.rounding import rounding
 from projaudit.update import ProjectorUpdate
 

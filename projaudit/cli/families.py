@@ -17,7 +17,7 @@ def families() -> None:
 @families.command("list")
 def list_families() -> None:
     """Every family: name, architectures, forward path."""
-    from projaudit.projector import families as known
+    from projaudit.family import families as known
 
     for family in known():
         path = f"transformers' {family.recipe.name}" if family.recipe else " → ".join(family.chain)
@@ -29,7 +29,7 @@ def list_families() -> None:
 @click.argument("family")
 def show_family(family: str) -> None:
     """How a family's projector is named and wired, and where that was read."""
-    from projaudit.projector import families as known
+    from projaudit.family import families as known
 
     found = next((f for f in known() if f.name == family), None)
     if found is None:
