@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from models import CONFIG, P, llava, save, tuned
 
 import projaudit
-from projaudit import update
 from projaudit.checkpoint import load_tensors, open_checkpoint
 from projaudit.errors import BaseError, FormatError, LimitError, NothingError, UnsupportedError
 from projaudit.findings import Verdict
@@ -566,7 +565,6 @@ def test_an_unchanged_model_is_at_its_rounding_floor(tmp_path: Path, dtype: str)
     assert [f.rule for f in report.findings if f.rule == "projector-tensors-added"] == []
 
 
-@pytest.mark.skipif(not hasattr(update, "Rounding"), reason="needs update.rounding with steps")
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0"])
 def test_a_drowned_update_is_no_pass_and_the_limit_is_said(tmp_path: Path, dtype: str):
     base = save(tmp_path / "base", BASE)
