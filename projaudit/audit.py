@@ -13,7 +13,7 @@ from projaudit.against_base import counterpart, coverage_of, facts_of
 from projaudit.base import MAX_CANDIDATES
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import open_checkpoint
-from projaudit.errors import ProjauditError, UsageError
+from projaudit.errors import ProjauditError, UnsupportedError, UsageError
 from projaudit.explain import Explanation, explain
 from projaudit.inert import clean
 from projaudit.listening import (
@@ -27,7 +27,7 @@ from projaudit.listening import (
     wish,
 )
 from projaudit.mmproj import as_converted, as_stored
-from projaudit.opened import around, found_in, open_bases, open_target
+from projaudit.opened import around, found_in, name_of, open_bases, open_target
 from projaudit.policy import load_policy
 from projaudit.refs import Ref, parse_ref
 from projaudit.report import Coverage, Report
@@ -126,20 +126,34 @@ def check(
 
 
 def explained(
-    target: str, revision: str | None = None, *, offline: bool | None = None
+    target: str,
+    revision: str | None = None,
+    *,
+    base: str | None = None,
+    offline: bool | None = None,
 ) -> Explanation:
     """Where the projectors of `target` were found, why, and what was nearly taken; by its headers.
+
+    Of an adapter alone they are those of `base`, or of the one that it names.
 
     Raises a ProjauditError where it cannot be read.
     """
     settings = settle({}, device=None, rank=None, seed=None, verify=None, offline=offline)
     with Session(settings, None, None) as session:
-        checkpoint = open_checkpoint(session.source(parse_ref(target, revision)))
+        source, of = session.source(parse_ref(target, revision)), ""
+        try:
+            checkpoint = open_checkpoint(source)
+        except UnsupportedError as error:
+            if error.code != "unsupported.adapter":
+                raise
+            named = () if base is None else (parse_ref(base),)
+            checkpoint, _ = open_target(session, source, named, {})
+            of = clean(name_of(checkpoint.source))
         reading = checkpoint.readings[0]
         shapes = reading.shapes
         try:
             if reading.metadata is None:
-                return explain(shapes, checkpoint.config)
+                return replace(explain(shapes, checkpoint.config), base=of)
             found = explain(*as_converted(shapes, reading.metadata))
             stored = [(as_stored(p, list(shapes), reading.metadata), why) for p, why in found.found]
             return replace(found, found=tuple(stored))

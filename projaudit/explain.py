@@ -23,6 +23,8 @@ class Explanation:
     """Every projector with the reason why it is one."""
     near: tuple[tuple[str, str], ...]
     """Modules and tensors that were not taken, with the reason."""
+    base: str = ""
+    """The base whose projectors they are, where the target is an adapter of it."""
 
 
 def explain(

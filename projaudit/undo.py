@@ -136,11 +136,14 @@ def _settled(units: Hidden, layers: Mapping[str, LayerUpdate]) -> dict[str, Laye
 def _units(
     layers: list[LayerUpdate], halved: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(before, after, their biases) with one row for each hidden unit, of all that gives it."""
+    """(before, after, their biases) with one row for each hidden unit, of all that gives it.
+
+    A bias that one side lacks is zero there.
+    """
 
     def side(name: str) -> tuple[Tensor, Tensor | None]:
         weights = [getattr(layer, name) for layer in layers]
-        biases = [getattr(layer, f"{name}_bias") for layer in layers]
+        biases = [_bias(layer, name) for layer in layers]
         if not halved and len(layers) == 1:
             return weights[0], biases[0]
         parts: list[Tensor] = []
@@ -150,7 +153,10 @@ def _units(
         return torch.cat(parts, dim=1), None
 
     (before, before_bias), (after, after_bias) = side("before"), side("after")
-    if before.shape != after.shape:  # a bias on one side only
-        columns = min(before.shape[1], after.shape[1])
-        before, after = before[:, :columns], after[:, :columns]
     return before, after, before_bias, after_bias
+
+
+def _bias(layer: LayerUpdate, side: str) -> Tensor | None:
+    bias: Tensor | None = getattr(layer, f"{side}_bias")
+    other = layer.after_bias if side == "before" else layer.before_bias
+    return torch.zeros_like(other) if bias is None and other is not None else bias

@@ -128,6 +128,16 @@ def test_a_pickled_projector_with_more_layers_is_another_one(tmp_path: Path, bas
     assert "holds no projector of that form" in told(report, "ambiguous-sources")
 
 
+def test_an_adapter_is_explained_by_the_projector_of_its_base(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", BASE)
+    found = explained(str(adapter(tmp_path / "ad", on_projector())), base=str(base))
+    assert found.base == str(base)
+    assert found.found == explained(str(base)).found
+    assert explained(str(base), base=str(tmp_path / "nothing")).base == ""  # it is no adapter
+    with pytest.raises(projaudit.ProjauditError, match="no such file"):
+        explained(str(tmp_path / "ad"), base=str(tmp_path / "nothing"))
+
+
 # A class that no family lists
 
 

@@ -129,6 +129,23 @@ def test_an_honest_update_is_not_permuted():
         assert [layer.permuted_units for layer in update.layers] == [0, 0]
 
 
+@pytest.mark.parametrize("lacking", ["base", "target"])
+def test_units_are_matched_where_one_side_has_no_bias(lacking: str):
+    """A bias that is missing is one of zeros."""
+    base = llava()
+    base = base | {B1: 0.01 * base[B1]}
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(9))
+    target = permuted(tuned(base, 0.05), order)
+    sides = {"base": base, "target": target}
+    sides[lacking] = {name: tensor for name, tensor in sides[lacking].items() if name != B1}
+    update = paired(sides["base"], sides["target"])
+    assert update.layers[0].permuted_units == int((order != torch.arange(64)).sum())
+    assert [layer.permuted_units for layer in paired(sides["base"], tuned(base, 3.0)).layers] == [
+        0,
+        0,
+    ]  # the control: what differs in size is not moved
+
+
 def test_alignment_leaves_the_tuned_function_alone():
     base = llava()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(9))

@@ -69,12 +69,17 @@ def show_family(family: str) -> None:
 @families.command("explain")
 @click.argument("target")
 @option("--revision", metavar="REV", help="Branch, tag or commit.")
+@option("--base", metavar="REF", help="What TARGET is an adapter of. Default: its claim.")
 @option("--offline/--online", default=None, help="Only what is on this machine.")
-def explain_target(target: str, revision: str | None, offline: bool | None) -> None:
+def explain_target(
+    target: str, revision: str | None, base: str | None, offline: bool | None
+) -> None:
     """Where TARGET's projector was found and why, and what was nearly taken."""
     from projaudit.audit import explained
 
-    found = explained(target, revision, offline=offline)
+    found = explained(target, revision, base=base, offline=offline)
+    if found.base:
+        emit(f"an adapter of {found.base}, which has:")
     if not found.found:
         emit("no projector")
     for projector, why in found.found:
