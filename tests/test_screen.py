@@ -19,6 +19,7 @@ from benchmarks.testbed.recipes import PLAN
 from benchmarks.testbed.scene import draw_scene, render
 from benchmarks.testbed.world import WORLDS
 from projaudit.cli import main
+from projaudit.errors import FormatError
 from projaudit.formats import FORMATS
 from projaudit.formats.json import schema
 from projaudit.report import Identity, Policy, Report, Run
@@ -264,6 +265,30 @@ def test_the_clean_set_has_the_rows_as_they_were(tmp_path: Path, form: str):
     kept = [0, 2, 4, 6]
     assert [again.row(i) for i in range(len(again))] == [data.row(i) for i in kept]
     assert len(data) == 7
+
+
+def test_a_clean_set_of_parquet_leaves_out_whole_groups_and_joins_files(tmp_path: Path):
+    import pyarrow as pa
+
+    rows = [row(f"s{i}", f"{i}.png", "what is it ?", f"thing {i}") for i in range(6)]
+    (tmp_path / "set").mkdir()
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "set/a.parquet", row_group_size=2)
+    pq.write_table(pa.table({"other": [1, 2]}), tmp_path / "set/b.parquet")
+    data = open_dataset(str(tmp_path / "set"), tmp_path)
+
+    def written(name: str, kept: tuple[int, ...]) -> list[dict]:
+        fates = ("keep" if i in kept else "drop" for i in range(8))
+        samples = [ScreenedSample(i, f"s{i}", fate, "ok") for i, fate in enumerate(fates)]
+        return pq.read_table(write_clean(data, samples, tmp_path / name)).to_pylist()
+
+    assert written("groups", (1, 4)) == [rows[1], rows[4]]
+    assert written("nothing", ()) == []
+    assert written("both", (0, 7))[1] == dict.fromkeys(rows[0]) | {"other": 2}
+    pq.write_table(table.drop(["id"]).append_column("id", [range(6)]), tmp_path / "set/b.parquet")
+    data = open_dataset(str(tmp_path / "set"), tmp_path)
+    with pytest.raises(FormatError, match="do not go into one"):
+        written("odd", (0, 7))
 
 
 def hostile() -> Report:
