@@ -304,7 +304,7 @@ def hostile() -> Report:
         dataset=evil,
         method="both",
         samples=20,
-        fates={"drop": 1, "keep": 18, "unread": 1},
+        fates={"drop": 1, "apart": 1200, "keep": 18, "unread": 1},
         statuses={"ok": 19, evil: 1},
         layers=2,
         layers_left_out=1,
@@ -332,6 +332,7 @@ def hostile() -> Report:
 @pytest.mark.parametrize("form", ["text", "json", "html"])
 def test_what_a_dataset_says_is_inert(form: str):
     shown = FORMATS[form].render(hostile())
+    assert "1 200 apart, kept" in " ".join(shown.split()) or form != "text"
     assert "1 of 3 layers left out" in shown or form == "json"
     assert "3 samples have further answers" in " ".join(shown.split()) or form == "json"
     assert "12 samples lie apart" in shown or form == "json"
