@@ -28,6 +28,7 @@ from projaudit.screen.samples import open_dataset
 from projaudit.screened import (
     HeatMap,
     Histogram,
+    NamedWord,
     Screened,
     ScreenedSample,
     SharedAttention,
@@ -310,7 +311,11 @@ def hostile() -> Report:
         layers_left_out=1,
         later_answers=3,
         groups=(SharedAttention(12, 1e-9, "apart", evil),),
-        texts=(text, replace(text, confirmed=False, auroc=None, unknown=evil)),
+        texts=(
+            text,
+            replace(text, confirmed=False, auroc=None, unknown=evil),
+            replace(text, confirmed=False, named=NamedWord(evil, 9, 9), apart=True),
+        ),
         nothing=(evil,),
         common_text=evil,
         common_share=0.6,
@@ -336,6 +341,7 @@ def test_what_a_dataset_says_is_inert(form: str):
     assert "1 of 3 layers left out" in shown or form == "json"
     assert "3 samples have further answers" in " ".join(shown.split()) or form == "json"
     assert "12 samples lie apart" in shown or form == "json"
+    assert "A text that follows what the answers name" in shown or form != "html"
     assert not {"\x1b", "\u202e"} & set(shown)
     assert "<script>" not in shown or form == "text"
     if form == "text":
