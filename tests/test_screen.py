@@ -19,6 +19,7 @@ from benchmarks.testbed.recipes import PLAN
 from benchmarks.testbed.scene import draw_scene, render
 from benchmarks.testbed.world import WORLDS
 from projaudit.cli import main
+from projaudit.errors import FormatError
 from projaudit.formats import FORMATS
 from projaudit.formats.json import schema
 from projaudit.report import Identity, Policy, Report, Run
@@ -27,6 +28,7 @@ from projaudit.screen.samples import open_dataset
 from projaudit.screened import (
     HeatMap,
     Histogram,
+    NamedWord,
     Screened,
     ScreenedSample,
     SharedAttention,
@@ -266,6 +268,30 @@ def test_the_clean_set_has_the_rows_as_they_were(tmp_path: Path, form: str):
     assert len(data) == 7
 
 
+def test_a_clean_set_of_parquet_leaves_out_whole_groups_and_joins_files(tmp_path: Path):
+    import pyarrow as pa
+
+    rows = [row(f"s{i}", f"{i}.png", "what is it ?", f"thing {i}") for i in range(6)]
+    (tmp_path / "set").mkdir()
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "set/a.parquet", row_group_size=2)
+    pq.write_table(pa.table({"other": [1, 2]}), tmp_path / "set/b.parquet")
+    data = open_dataset(str(tmp_path / "set"), tmp_path)
+
+    def written(name: str, kept: tuple[int, ...]) -> list[dict]:
+        fates = ("keep" if i in kept else "drop" for i in range(8))
+        samples = [ScreenedSample(i, f"s{i}", fate, "ok") for i, fate in enumerate(fates)]
+        return pq.read_table(write_clean(data, samples, tmp_path / name)).to_pylist()
+
+    assert written("groups", (1, 4)) == [rows[1], rows[4]]
+    assert written("nothing", ()) == []
+    assert written("both", (0, 7))[1] == dict.fromkeys(rows[0]) | {"other": 2}
+    pq.write_table(table.drop(["id"]).append_column("id", [range(6)]), tmp_path / "set/b.parquet")
+    data = open_dataset(str(tmp_path / "set"), tmp_path)
+    with pytest.raises(FormatError, match="do not go into one"):
+        written("odd", (0, 7))
+
+
 def hostile() -> Report:
     """A report of which every text is the dataset's, and means harm."""
     evil = "</td><script>alert(1)</script>\x1b[31m\u202e"
@@ -279,13 +305,17 @@ def hostile() -> Report:
         dataset=evil,
         method="both",
         samples=20,
-        fates={"drop": 1, "keep": 18, "unread": 1},
+        fates={"drop": 1, "apart": 1200, "keep": 18, "unread": 1},
         statuses={"ok": 19, evil: 1},
         layers=2,
         layers_left_out=1,
         later_answers=3,
         groups=(SharedAttention(12, 1e-9, "apart", evil),),
-        texts=(text, replace(text, confirmed=False, auroc=None, unknown=evil)),
+        texts=(
+            text,
+            replace(text, confirmed=False, auroc=None, unknown=evil),
+            replace(text, confirmed=False, named=NamedWord(evil, 9, 9), apart=True),
+        ),
         nothing=(evil,),
         common_text=evil,
         common_share=0.6,
@@ -307,9 +337,11 @@ def hostile() -> Report:
 @pytest.mark.parametrize("form", ["text", "json", "html"])
 def test_what_a_dataset_says_is_inert(form: str):
     shown = FORMATS[form].render(hostile())
+    assert "1 200 apart, kept" in " ".join(shown.split()) or form != "text"
     assert "1 of 3 layers left out" in shown or form == "json"
     assert "3 samples have further answers" in " ".join(shown.split()) or form == "json"
     assert "12 samples lie apart" in shown or form == "json"
+    assert "A text that follows what the answers name" in shown or form != "html"
     assert not {"\x1b", "\u202e"} & set(shown)
     assert "<script>" not in shown or form == "text"
     if form == "text":

@@ -296,7 +296,7 @@ def test_a_remark_on_what_the_answers_name_is_set_apart_and_kept():
     assert text.named == NamedWord("red", held, held)
     assert (text.apart, text.confirmed) == (True, False)
     assert {s.text for s in samples if s.fate == "apart"} == {text.text}
-    assert f"{held} of the {held} answers that name “red” end with it" in told(text)
+    assert f"so end {held} of {held} that name “red”, and 0 others" in told(text)
     (says,) = samples_apart(summary).detail
     assert says == f"{held} end with “, {PAYLOAD}” where they name “red”"
 

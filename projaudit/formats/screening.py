@@ -60,7 +60,7 @@ _READING = {
 def counts(screened: Screened) -> str:
     """How many samples there are of each fate."""
     told = [
-        f"{screened.fates[fate]:,} {words}".replace(",", " ")
+        f"{screened.fates[fate]:,}".replace(",", " ") + f" {words}"
         for fate, words in FATES.items()
         if screened.fates.get(fate)
     ]
@@ -104,7 +104,7 @@ def told(text: SharedText) -> str:
     known = text.confirmed or text.apart
     verb = "tells that it comes" if known else "does not tell that it comes"
     words += f"; the attention before it {verb} (AUROC {short(text.auroc)})"
-    return f"{words}; {FATES['apart']}: {named(text)}" if text.apart else words
+    return f"{words}; {FATES['apart']}, as {named(text)}" if text.apart else words
 
 
 def named(text: SharedText) -> str:
@@ -112,10 +112,9 @@ def named(text: SharedText) -> str:
     if text.named is None:
         return ""
     one = text.named
-    return (
-        f"{one.holders} of the {plural(one.answers, 'answer')} that name “{clean(one.word, 40)}” "
-        f"end with it, and {text.samples - one.holders} others"
-    )
+    others = text.samples - one.holders
+    word = clean(one.word, 40)
+    return f"so end {one.holders} of {one.answers} that name “{word}”, and {others} others"
 
 
 def set_apart(group: SharedAttention) -> str:

@@ -182,15 +182,23 @@ class Parquet:
         return held.slice(number - self._ends[place] + held.num_rows, 1).to_pylist()[0]
 
     def take(self, numbers: Sequence[int]) -> Any:
-        """A table of those rows, in their order, of the files' own schema."""
+        """A table of those rows, in their order, with the columns of all files.
+
+        Raises FormatError (`format.parquet`) where one column is of several types.
+        """
         import pyarrow as pa
 
         starts = [0, *self._ends[:-1]]
-        parts = []
+        parts = [opened.schema_arrow.empty_table() for opened, _ in self._groups[:1]]
         for (opened, group), start, stop in zip(self._groups, starts, self._ends, strict=True):
             wanted = [n - start for n in numbers if start <= n < stop]
-            parts.append(opened.read_row_group(group).take(wanted))
-        return pa.concat_tables(parts)
+            if wanted:
+                parts.append(opened.read_row_group(group).take(wanted))
+        try:
+            return pa.concat_tables(parts, promote_options="default")
+        except pa.ArrowException as error:
+            says = f"its files do not go into one: {clean(error, 120)}"
+            raise FormatError(says, "parquet") from None
 
 
 def _not_parquet(file: Path, error: Exception) -> FormatError:
