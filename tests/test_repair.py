@@ -59,9 +59,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         """One audit of the backdoored model serves several tests."""
         if target != str(BACKDOORED):
             return original(target, *args, **options)
+        chosen = options["hear"].args[0]
         if target not in AUDITS:
-            AUDITS[target] = original(target, *args, **options)
-        return AUDITS[target]
+            AUDITS[target] = (original(target, *args, **options), tuple(chosen))
+        chosen[:] = AUDITS[target][1]
+        return AUDITS[target][0]
 
     monkeypatch.setattr(pipeline, "check", once)
 
@@ -209,6 +211,18 @@ def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(
     assert (done.outcome, done.exit_code, done.written) == ("failed", 1, ())
     assert "the repair failed" in done.sentence
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_process_that_answers_nonsense_is_said_to(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    honest = sandbox.run
+    for number, wrong in enumerate(({"mended": None}, {"mended": []}, {"evidence": 3})):
+        monkeypatch.setattr(sandbox, "run", lambda r, wrong=wrong, **o: honest(r, **o) | wrong)
+        done = repair(str(HONEST), str(BASE), tmp_path / str(number), seed=0)
+        assert (done.outcome, done.exit_code) == ("undecided", 3)
+        assert "answered nonsense" in done.sentence
+        assert "\n" not in done.sentence
 
 
 def packed(*shape: int, value: float = 0.0) -> str:

@@ -38,10 +38,10 @@ def parse_method(text: str) -> Method | None:
     return Method(name, float(amount or 0), asked=True)  # type: ignore[arg-type]
 
 
-def chosen(mended: Mended) -> Method:
+def best(mended: Mended) -> Method:
     """The method that came out best."""
-    best = mended.tried[0]
-    return Method(best.method, best.amount, asked=False)
+    one = mended.tried[0]
+    return Method(one.method, one.amount, asked=False)
 
 
 def applied(
