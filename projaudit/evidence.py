@@ -239,7 +239,9 @@ class Evidence:
         return sum(ratios) / len(ratios) if ratios else None
 
 
-Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
+Method: typing.TypeAlias = Literal[
+    "unlearn", "unlearn-all", "project", "top-k", "shrink", "clip", "revert"
+]
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class Mended:
     tried: tuple[Tried, ...]
     """Best first; empty where there was nothing to end, or nothing to choose by."""
     factors: Factors | None
-    """Of the first of them, where it is `unlearn` (the last layer) or `project` (the first)."""
+    """Of the first of them, where it corrects a layer: the last, or by `project` the first."""
     answers: int
     """Answers that were decoded."""
     notes: tuple[str, ...]

@@ -74,6 +74,7 @@ def look(
     speaker = subject.speaker
     prompts, asked = _prompts(speaker, request, clean, marked)
     speaker.prepare(prompts, clean.images[0])
+    speaker.settle(2 * clean.images[:1] if len(clean.images) == 1 else clean.images)
     target = _target(speaker, request["target"])
     tell("features", 0, 0)
     features = {"clean": speaker.features(clean.images)}

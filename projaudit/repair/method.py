@@ -64,8 +64,8 @@ def applied(
     k = int(method.amount)
     _require_matrices(method, projector, tuned)
     match method.name:
-        case "unlearn" | "project":
-            layer = last if method.name == "unlearn" else first
+        case "unlearn" | "unlearn-all" | "project":
+            layer = first if method.name == "project" else last
             by = correction_of(factors, layer, wide)
             found = change.corrected(wide, layer.weight, layer.bias, by)
         case "top-k":
