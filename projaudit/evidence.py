@@ -239,9 +239,7 @@ class Evidence:
         return sum(ratios) / len(ratios) if ratios else None
 
 
-Method: typing.TypeAlias = Literal[
-    "unlearn", "unlearn-all", "project", "top-k", "shrink", "clip", "revert"
-]
+Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
 
 
 @dataclass(frozen=True)

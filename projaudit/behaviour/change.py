@@ -112,7 +112,7 @@ def correction(
         e = within.double() @ (within.double().T @ e)
     inputs = weight.shape[1]
     u, s, vt = torch.linalg.svd(e[:, :inputs], full_matrices=False)
-    r = min(rank, len(s))
+    r = min(rank, len(s) if within is None else within.shape[1])
     return Correction(
         (u[:, :r] * s[:r]).to(weight),
         vt[:r].to(weight),

@@ -64,7 +64,7 @@ def applied(
     k = int(method.amount)
     _require_matrices(method, projector, tuned)
     match method.name:
-        case "unlearn" | "unlearn-all" | "project":
+        case "unlearn" | "project":
             layer = first if method.name == "project" else last
             by = correction_of(factors, layer, wide)
             found = change.corrected(wide, layer.weight, layer.bias, by)

@@ -24,9 +24,7 @@ Word = Literal["repaired", "failed", "nothing", "unverified", "undecided"]
 class Method:
     """What was done to the update."""
 
-    name: Literal[
-        "unlearn", "unlearn-all", "project", "top-k", "top-k-all", "shrink", "clip", "revert"
-    ]
+    name: Literal["unlearn", "project", "top-k", "top-k-all", "shrink", "clip", "revert"]
     amount: float
     asked: bool
     """Whether the user named it."""
@@ -36,8 +34,7 @@ class Method:
         """What was taken out, in a few words."""
         k = f"{self.amount:.0f}"
         return {
-            "unlearn": "what the marks that told do to the last layer's outputs in two directions",
-            "unlearn-all": "what the marks that told do to the last layer's outputs",
+            "unlearn": "what the marks that told do to the last layer's outputs",
             "project": f"{k} input directions of the marks that told, out of ΔW of the first layer",
             "top-k": f"the {k} leading directions, out of ΔW of the first layer",
             "top-k-all": f"the {k} leading directions, out of ΔW of every layer",
