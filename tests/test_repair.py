@@ -390,7 +390,8 @@ def test_it_is_never_made_in_place(pair: tuple[str, str], tmp_path: Path):
     link.symlink_to(target)
     file = tmp_path / "file"
     file.write_text("")
-    for output in (target, target / "new", tmp_path, full, link, link / "new", file):
+    ruled = tmp_path / "a\nline"
+    for output in (target, target / "new", tmp_path, full, link, link / "new", file, ruled):
         error = refused(*pair, output, method="revert")
         assert (type(error), error.code, error.exit_code) == (UsageError, "usage.output", 4)
     assert (target / "model.safetensors").read_bytes() == bytes_before
@@ -405,6 +406,50 @@ def test_beside_a_single_file_there_is_room(pair: tuple[str, str], tmp_path: Pat
     done = repair(str(file), pair[1], file.parent / "out", method="shrink:0.5", seed=0)
     assert done.outcome == "unverified"
     assert refused(str(file), pair[1], file, method="revert").code == "usage.output"
+
+
+def test_a_projector_alone_is_repaired_in_the_model_of_its_base(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    last = [Tried("revert", 0.0, 0.0, 0.0)]
+    monkeypatch.setattr(mend, "choose", lambda task: (last, (dict(task.base), None)))
+    file = tmp_path / "mine" / "projector.safetensors"
+    file.parent.mkdir()
+    whole = load_file(BACKDOORED / "model.safetensors")
+    save_file({n: t for n, t in whole.items() if n.startswith(P)}, file)
+    done = repair(str(file), str(BASE), tmp_path / "out", seed=0)
+    assert (done.outcome, done.exit_code) == ("repaired", 0)
+    assert [f.path for f in done.written] == ["projector.safetensors"]
+    error = refused(str(file), str(BASE), tmp_path / "full", full=True, seed=0)
+    assert (error.code, error.exit_code) == ("unsupported.repair", 3)
+    assert "a projector alone" in str(error)
+
+
+def test_values_that_are_not_finite_are_taken_out_by_reverting_alone(
+    pair: tuple[str, str], tmp_path: Path
+):
+    target = Path(pair[0]) / "model.safetensors"
+    tensors = load_file(target)
+    tensors[f"{P}linear_1.weight"][0, 0] = float("nan")
+    save_file(tensors, target, {"format": "pt"})
+    for number, method in enumerate(("top-k:1", "top-k-all:1", "shrink:0.5", "clip")):
+        error = refused(*pair, tmp_path / str(number), method=method, seed=0)
+        assert (error.code, error.exit_code) == ("unsupported.repair", 3)
+        assert "linear_1.weight holds values that are not finite; revert" in str(error)
+    done = repair(*pair, tmp_path / "out", method="revert", seed=0)
+    written = projector(tmp_path / "out" / "projector.safetensors")
+    assert all(np.array_equal(t, projector(pair[1])[n]) for n, t in written.items())
+    assert done.outcome == "unverified"
+
+
+def test_what_a_method_leaves_alone_keeps_every_bit(tmp_path: Path):
+    tensors = {n: t.double() + 1e-12 for n, t in llava().items()}
+    (found,) = locate({n: t.shape for n, t in tensors.items()})
+    ours = {n: tensors[n] for n in found.tensors}
+    base = {n: torch.zeros_like(t) for n, t in ours.items()}
+    done = applied(Method("top-k", 1, True), None, found, ours, base)
+    changed = [n for n, t in done.items() if not torch.equal(t, ours[n])]
+    assert changed == [f"{P}linear_1.weight"]
 
 
 def test_targets_that_are_not_written_are_refused_with_what_to_do(
@@ -469,7 +514,7 @@ def test_the_command_writes_reports_and_exits_with_the_outcome(
         "projector.safetensors", "repair.html", "repair.json",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert said.startswith("UNVERIFIED: unverified: behaviour was not probed")
+    assert said.startswith("UNVERIFIED: nothing tells whether it helped: behaviour was not probed")
     assert "you named it" in said
     with pytest.raises(SystemExit) as stop:
         main(["repair", pair[0], "--base", pair[1], "-o", str(out)])
@@ -502,4 +547,5 @@ def test_a_full_folder_of_a_model_that_cannot_be_run_is_refused(
     out = tmp_path / "out"
     error = refused(*pair, out, method="revert", full=True, seed=0)
     assert error.code == "unsupported.repair"
+    assert "no whole folder is made: it has no tokenizer; leave --full out" in str(error)
     assert not list(out.iterdir())

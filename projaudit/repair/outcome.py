@@ -127,7 +127,7 @@ class Repair:
             return f"nothing was done: {self.why}"
         assert self.method is not None
         if self.outcome == "unverified":
-            return f"unverified: {self.why}"
+            return f"nothing tells whether it helped: {self.why}"
         if self.after is None:
             return "the repair failed: it changes no tensor; no projector was written"
         text = f"“{self.texts[0]}”"

@@ -31,7 +31,7 @@ from projaudit.repair.files import (
     write_model,
     write_projector,
 )
-from projaudit.repair.method import applied, best, parse_method
+from projaudit.repair.method import applied, best, parse_method, require_possible
 from projaudit.repair.outcome import Method, Repair, Written, heard, strength
 from projaudit.report import Report
 from projaudit.session import Progress, Session, settle
@@ -92,6 +92,9 @@ def repair(
     with Session(settings, progress, notify) as session:
         ours, theirs = _sides(session, target, base, revision, base_revision)
         require_repairable(ours, full)
+        part, other = _part(ours), _part(theirs)
+        if named is not None:
+            require_possible(named, ours.projector, part.tensors)
         chosen: list[Mended] = []
         before = check(
             target,
@@ -104,7 +107,6 @@ def repair(
         )
         if named is None and strength(before) is not None and not heard(before):
             return Repair(before, None, None, None, (), "")
-        part, other = _part(ours), _part(theirs)
         try:
             mended = None if named else _mended(before, chosen)
             done = named or best(mended)  # type: ignore[arg-type]
@@ -259,12 +261,11 @@ def _after(
     """The audit of what was written; of the whole model where it can be run."""
     assert before.base is not None
     of_hub = before.base.kind == "hub"
-    place, depth = output / MODEL, "behaviour" if before.behaviour is not None else "weights"
+    place, depth = output / PROJECTOR, "behaviour" if before.behaviour is not None else "weights"
     try:
-        if full or depth == "behaviour":
+        if full or (depth == "behaviour" and not ours.alone):  # else its base's model runs it
+            place = output / MODEL
             write_model(ours, tensors, place, linked=not full)
-        else:
-            place = output / PROJECTOR
         report = check(
             str(place),
             before.base.name if of_hub else before.base.ref,
@@ -272,8 +273,13 @@ def _after(
             seed=seed,
             **{**options, "depth": depth},
         )
-    except CouldNotProbe as why:  # a whole folder was asked for
-        raise UnsupportedError(why.reason, "repair", file=before.target.name) from None
+    except CouldNotProbe as why:
+        raise UnsupportedError(
+            f"no whole folder is made: {why.reason}",
+            "repair",
+            file=before.target.name,
+            remedy="leave --full out" if full else "",
+        ) from None
     finally:
         if not full:
             shutil.rmtree(output / MODEL, ignore_errors=True)
