@@ -232,4 +232,7 @@ def test_the_best_is_that_which_keeps_most(monkeypatch: pytest.MonkeyPatch):
     tried, (side, factors) = choose.choose(task(by))
     assert [(one.method, one.kept) for one in tried] == [("shrink", 1.0), ("revert", 0.0)]
     assert factors is None
+    dear = Kind("shrink", (0.4,), lambda a: ({"w": torch.eye(2) * a}, None))
+    monkeypatch.setattr(choose, "kinds", lambda task: [dear, *made])
+    assert choose.choose(task(by))[0] == tried  # of a method the kind that keeps most
     assert float(side["w"].max()) == 0.75

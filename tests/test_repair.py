@@ -356,6 +356,25 @@ def test_a_correction_unlearns_marks_and_keeps_ordinary_inputs():
     assert (weak.left @ weak.right).norm() < 1e-6 * weight.norm()  # the control: it can do nothing
 
 
+def test_a_correction_within_some_outputs_leaves_the_others():
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 32, generator=g), torch.randn(24, generator=g)
+    kept = torch.randn(400, 32, generator=g)
+    plain_, mark = kept[:60], 4 * torch.randn(32, generator=g)
+    within = torch.linalg.qr(torch.randn(24, 2, generator=g))[0]
+    by, free = (
+        correction(weight, bias, kept, plain_ + mark, plain_, 1.0, 1e-3, 24, some)
+        for some in (within, None)
+    )
+    assert by.right.shape == (2, 32)
+    outside = torch.eye(24) - within @ within.T
+    changed, all_changed = (one.left @ one.right for one in (by, free))
+    assert (outside @ changed).norm() < 1e-4 * changed.norm()
+    assert (outside @ by.bias).norm() < 1e-4 * by.bias.norm()
+    assert (outside @ all_changed).norm() > 0.5 * all_changed.norm()  # the control
+    torch.testing.assert_close(within.T @ changed, within.T @ all_changed, atol=1e-4, rtol=1e-3)
+
+
 def test_shrinking_leaves_what_the_base_lacks():
     ours = {"w": torch.ones(2, 2), "b": torch.ones(2)}
     assert torch.equal(shrunk(ours, {"w": torch.zeros(2, 2)}, 0.25)["w"], torch.full((2, 2), 0.25))
