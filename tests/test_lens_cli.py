@@ -174,7 +174,10 @@ def test_a_module_that_no_chain_describes_is_looked_at_with_a_single_image() -> 
     done = run(model, "--base", base, "--images", alone, *options, "-o", folder)
     assert done.returncode == 0, done.stderr
     found = document(folder)
-    assert len(found["spectra"]) > 10
+    assert len(found["spectra"]) == 18
+    assert "of 18 layers those 4 are drawn that changed most" in found["notes"]
+    page = (folder / "lens.html").read_text("utf-8")
+    assert page.count("Singular values of the update</h") == 4
     assert len(found["images"]["clean"]) == 1
     assert {d["group"] for d in found["drift"]} == {"clean", "triggered"}
 
