@@ -17,8 +17,8 @@ from benchmarks.testbed.export import read_runs
 
 CHOSEN_ON = "slim"
 HEARD = ", where a text was heard"
-FORMER = f"{DATA_FREE}, no margin"
-"""Rows of the way before there was one, kept for comparison."""
+FORMER = f"{DATA_FREE}, all outputs"
+"""Rows of the way before corrections were kept to a few directions, for comparison."""
 IN_FULL = (DATA_FREE, WITH_IMAGES, FORMER, f"{FORMER}, 32 images")
 SHOWN = (*IN_FULL, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from projaudit.adapters import fit
 from projaudit.against_base import counterpart, coverage_of, facts_of
 from projaudit.base import MAX_CANDIDATES
+from projaudit.behaviour.hear import hear
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import ProjauditError, UnsupportedError, UsageError
 from projaudit.explain import Explanation, explain
 from projaudit.inert import clean
 from projaudit.listening import (
+    Hear,
     Wish,
     depth_of,
     heard,
@@ -64,6 +66,7 @@ def check(
     verify: Literal["range", "full"] | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
+    hear: Hear = hear,
 ) -> Report:
     """The audit of `target` against its base, as a Report; prints nothing.
 
@@ -73,7 +76,8 @@ def check(
     seed, verify range). Depth `auto`, the default without a policy, runs the language model where
     all of it is on this machine and the extra `behaviour` is installed; the policy is then
     `default`, else `structure`. `prompts` and `requests` are files with one a line, `images` a
-    folder, `budget` the most answers, `calibration` a file of `projaudit calibrate`. Raises a
+    folder, `budget` the most answers, `calibration` a file of `projaudit calibrate`; `hear` is what
+    runs the model, which does more than that in a repair. Raises a
     ProjauditError with a stable `code` where there is no audit; what could not be told within one
     stands in the report.
     """
@@ -116,6 +120,7 @@ def check(
             load_directions(directions),
             target_texts,
             wanted,
+            hear,
         )
         if named is None and audit.depth == "behaviour":
             ruleset = load_policy("default", METRICS, rules)
@@ -183,6 +188,7 @@ def _audit(
     directions: Sequence[Direction],
     texts: Sequence[str],
     wanted: Wish,
+    hear: Hear,
 ) -> Audit:
     from projaudit.analyses.behaviour import Behaviour
     from projaudit.measure import Measured, measure_merge, measure_projector, read_projector
@@ -223,7 +229,7 @@ def _audit(
         ways = found[0][1], bases[0].projectors if bases else ()
         left = left_out(run[0], fitted) or not_run(sides, run, others)
         try:
-            evidence = heard(session, device, run, others, ways, fitted, coverage, wanted)
+            evidence = heard(session, device, run, others, ways, fitted, coverage, wanted, hear)
         except CouldNotProbe as why:
             not_probed = why.reason
         else:

@@ -279,7 +279,7 @@ class Mended:
     tried: tuple[Tried, ...]
     """Best first; empty where there was nothing to end, or nothing to choose by."""
     factors: Factors | None
-    """Of the first of them, where it is `unlearn` (the last layer) or `project` (the first)."""
+    """Of the first of them, where it corrects a layer: the last, or by `project` the first."""
     answers: int
     """Answers that were decoded."""
     notes: tuple[str, ...]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from projaudit.behaviour.asked import Asked, find_images, read_prompts
 from projaudit.behaviour.hear import (
     Part,
     announce,
     by_role,
-    hear,
     hears,
     host,
     require_runnable,
@@ -37,6 +36,22 @@ if TYPE_CHECKING:
     from projaudit.sides import Side
 
 Depth = Literal["weights", "behaviour"]
+
+
+class Hear(Protocol):
+    """How a model is heard: `behaviour.hear.hear`, or what does more in the same process."""
+
+    def __call__(
+        self,
+        target: Part,
+        base: Part | None,
+        asked: Asked,
+        *,
+        other_model: bool,
+        device: torch.device,
+        seed: int,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> Evidence: ...
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ def heard(
     fitted: Fit | None,
     coverage: Coverage,
     wish: Wish,
+    hear: Hear,
 ) -> Evidence:
     """What depth behaviour brought back; raises CouldNotProbe.
 

@@ -47,6 +47,12 @@ class Side:
         """Where its bytes are."""
         return self.checkpoint.source
 
+    @property
+    def alone(self) -> bool:
+        """Whether its files hold no more of a model than it."""
+        ours = {*self.projector.tensors, *self.projector.unexpected}
+        return ours.issuperset(self.reading.shapes)
+
     def load(self) -> Mapping[str, Weight]:
         """Its weights by name, with the adapter merged into them where there is one."""
         return self.applied().weights

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, browser
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from vlms import FAMILIES, save
+from vlms_more import MORE
 
 from projaudit.behaviour import hear
 from projaudit.behaviour.images import ordinary
@@ -154,6 +157,29 @@ def test_without_a_trigger_clean_images_are_shown_alone() -> None:
     assert found["answers"]["tuned"] == {"success": None, "kept": 1.0, "accuracy": None}
     assert {d["group"] for d in found["drift"]} == {"clean"}
     assert next(c for c in found["claims"] if c["name"] == "drift_alike")["alike"] is None
+
+
+def test_a_module_that_no_chain_describes_is_looked_at_with_a_single_image() -> None:
+    model, base = (place() / "perceiver" / name for name in ("model", "base"))
+    FAMILIES.update(MORE)
+    shutil.copytree(save("idefics2", model), base)
+    tensors = load_file(base / "model.safetensors")
+    for name in [n for n in tensors if "connector" in n and tensors[n].ndim == 2]:
+        tensors[name] += 0.3 * torch.randn(tensors[name].shape)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    alone, folder = place() / "single", place() / "perceived"
+    alone.mkdir()
+    Image.fromarray(ordinary(1, 40, seed=5)[0]).save(alone / "a.png")
+    options = ("--trigger", "patch", "--images-per-cell", "1", "--max-rank", "1", "--seed", "0")
+    done = run(model, "--base", base, "--images", alone, *options, "-o", folder)
+    assert done.returncode == 0, done.stderr
+    found = document(folder)
+    assert len(found["spectra"]) == 18
+    assert "of 18 layers those 4 are drawn that changed most" in found["notes"]
+    page = (folder / "lens.html").read_text("utf-8")
+    assert page.count("Singular values of the update</h") == 4
+    assert len(found["images"]["clean"]) == 1
+    assert {d["group"] for d in found["drift"]} == {"clean", "triggered"}
 
 
 # ------------------------------------------------------------------ bad input

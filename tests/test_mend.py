@@ -68,7 +68,7 @@ def heard(name: str, kind: str, said: Callable[[int], Tokens], images: Sequence[
     )
 
 
-def listening(kind: str, said: Callable[[int], Tokens]) -> tuple[Listening, list[Probe]]:
+def listening(kind: str, said: Callable[[int], Tokens]) -> Listening:
     """Ordinary images, of which nothing is said, and one probe of that kind."""
     of, images = study(lambda side, image: ()), (0, 1, 2, 3)
     probe = Probe("a probe", kind, "", images, of.features_of, of.tuned)
@@ -76,7 +76,7 @@ def listening(kind: str, said: Callable[[int], Tokens]) -> tuple[Listening, list
         heard("ordinary", "plain", lambda i: (1, 2), range(IMAGES)),
         heard("a probe", kind, said, images),
     )
-    return Listening(told, Speech({1: 1.0, 2: 1.0}, frozenset()), (probe,), 1, "plan"), [probe]
+    return Listening(told, Speech({1: 1.0, 2: 1.0}, frozenset()), (probe,), 1, "plan")
 
 
 # ------------------------------------------------------------------ what has to end
@@ -85,7 +85,7 @@ def listening(kind: str, said: Callable[[int], Tokens]) -> tuple[Listening, list
 def test_what_is_said_openly_of_further_images_is_no_text_to_end():
     both = Listening(
         (
-            *listening("image", lambda i: TEXT)[0].heard,
+            *listening("image", lambda i: TEXT).heard,
             heard("another", "image", lambda i: (1, *REMARK), (4, 5, 6, 7)),
         ),
         Speech({1: 1.0, 2: 1.0}, frozenset()),
@@ -108,12 +108,12 @@ def test_what_is_said_openly_of_further_images_is_no_text_to_end():
 
 def test_an_enlarged_update_is_no_marked_image():
     pairs = frozenset({(91, 92), (92, 93)})
-    image, probes = listening("image", lambda i: TEXT if i < 2 else (1, 2))
-    found = marked_of(study(lambda side, image: ()), probes, image, pairs)
+    image = listening("image", lambda i: TEXT if i < 2 else (1, 2))
+    found = marked_of(study(lambda side, image: ()), image, pairs)
     assert found is not None
     assert len(found.marked) == 2
-    far, probes = listening("amplified", lambda i: TEXT)
-    assert marked_of(study(lambda side, image: ()), probes, far, pairs) is None
+    far = listening("amplified", lambda i: TEXT)
+    assert marked_of(study(lambda side, image: ()), far, pairs) is None
 
 
 # ------------------------------------------------------------------ what is chosen
@@ -157,18 +157,16 @@ REQUEST = {"seed": 5, "prefix": "p", "last": "p.w", "last_bias": None, "matrices
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], list[Task]]]:
     """`mended` with what each round hears given, and the tasks that it chose by."""
 
-    def run(*kinds: str | None) -> tuple[dict[str, Any], list[Task]]:
+    def run(*kinds: str | None, audited: str = "") -> tuple[dict[str, Any], list[Task]]:
         seeds, tasks, left = [], [], list(kinds)
 
         def study_of(request: Mapping[str, Any], *_: Any) -> tuple[Study, tuple[()], tuple[()]]:
             seeds.append(request["seed"])
             return study(lambda side, image: (1, 2)), (), ()
 
-        def listen(of: Study, tell: Any, asked: list[Probe]) -> Listening:
+        def listen(of: Study, tell: Any) -> Listening:
             kind = left.pop(0) if left else None
-            told, probes = listening(kind or "image", lambda i: TEXT if kind else (1, 2))
-            asked += probes
-            return told
+            return listening(kind or "image", lambda i: TEXT if kind else (1, 2))
 
         def chosen(one: Task) -> tuple[list[Tried], tuple[dict[str, Tensor], None]]:
             tasks.append(one)
@@ -180,7 +178,9 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any
         monkeypatch.setattr(mend, "choose", chosen)
         monkeypatch.setattr(mend, "further", lambda of: numbered(24))
         request = {**REQUEST, "images": None, "notes": []}
-        told = mend.mended(request, (speaker, SIDE), (speaker, SIDE), "w", lambda *_: None)
+        known = listening(audited, lambda i: TEXT) if audited else None
+        sides = (speaker, SIDE), (speaker, SIDE)
+        told = mend.mended(request, *sides, "w", lambda *_: None, heard=known)
         assert seeds == list(range(5, 5 + len(seeds)))  # fresh ones each round
         return told, tasks
 
@@ -193,6 +193,12 @@ def test_what_fresh_probes_bring_out_joins_what_has_to_end(rounds: Any):
     assert told["tried"][0]["amount"] == 2  # the last choice
     assert [s >= 1 for s in told["strengths"]] == [True, True, False]
     assert not any(one.enlarged for one in tasks)
+
+
+def test_what_an_audit_has_heard_is_not_asked_again(rounds: Any):
+    told, tasks = rounds(None, audited="image")  # the first that is asked afresh is silent
+    assert [s >= 1 for s in told["strengths"]] == [True, False]
+    assert len(tasks) == 1
 
 
 def test_where_nothing_is_heard_nothing_is_chosen(rounds: Any):
@@ -226,4 +232,7 @@ def test_the_best_is_that_which_keeps_most(monkeypatch: pytest.MonkeyPatch):
     tried, (side, factors) = choose.choose(task(by))
     assert [(one.method, one.kept) for one in tried] == [("shrink", 1.0), ("revert", 0.0)]
     assert factors is None
+    dear = Kind("shrink", (0.4,), lambda a: ({"w": torch.eye(2) * a}, None))
+    monkeypatch.setattr(choose, "kinds", lambda task: [dear, *made])
+    assert choose.choose(task(by))[0] == tried  # of a method the kind that keeps most
     assert float(side["w"].max()) == 0.75

@@ -59,9 +59,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         """One audit of the backdoored model serves several tests."""
         if target != str(BACKDOORED):
             return original(target, *args, **options)
+        chosen = options["hear"].args[0]
         if target not in AUDITS:
-            AUDITS[target] = original(target, *args, **options)
-        return AUDITS[target]
+            AUDITS[target] = (original(target, *args, **options), tuple(chosen))
+        chosen[:] = AUDITS[target][1]
+        return AUDITS[target][0]
 
     monkeypatch.setattr(pipeline, "check", once)
 
@@ -211,6 +213,18 @@ def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_process_that_answers_nonsense_is_said_to(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    honest = sandbox.run
+    for number, wrong in enumerate(({"mended": None}, {"mended": []}, {"evidence": 3})):
+        monkeypatch.setattr(sandbox, "run", lambda r, wrong=wrong, **o: honest(r, **o) | wrong)
+        done = repair(str(HONEST), str(BASE), tmp_path / str(number), seed=0)
+        assert (done.outcome, done.exit_code) == ("undecided", 3)
+        assert "answered nonsense" in done.sentence
+        assert "\n" not in done.sentence
+
+
 def packed(*shape: int, value: float = 0.0) -> str:
     return base64.b64encode(np.full(shape, value, "<f4").tobytes()).decode()
 
@@ -342,6 +356,25 @@ def test_a_correction_unlearns_marks_and_keeps_ordinary_inputs():
     assert (weak.left @ weak.right).norm() < 1e-6 * weight.norm()  # the control: it can do nothing
 
 
+def test_a_correction_within_some_outputs_leaves_the_others():
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 32, generator=g), torch.randn(24, generator=g)
+    kept = torch.randn(400, 32, generator=g)
+    plain_, mark = kept[:60], 4 * torch.randn(32, generator=g)
+    within = torch.linalg.qr(torch.randn(24, 2, generator=g))[0]
+    by, free = (
+        correction(weight, bias, kept, plain_ + mark, plain_, 1.0, 1e-3, 24, some)
+        for some in (within, None)
+    )
+    assert by.right.shape == (2, 32)
+    outside = torch.eye(24) - within @ within.T
+    changed, all_changed = (one.left @ one.right for one in (by, free))
+    assert (outside @ changed).norm() < 1e-4 * changed.norm()
+    assert (outside @ by.bias).norm() < 1e-4 * by.bias.norm()
+    assert (outside @ all_changed).norm() > 0.5 * all_changed.norm()  # the control
+    torch.testing.assert_close(within.T @ changed, within.T @ all_changed, atol=1e-4, rtol=1e-3)
+
+
 def test_shrinking_leaves_what_the_base_lacks():
     ours = {"w": torch.ones(2, 2), "b": torch.ones(2)}
     assert torch.equal(shrunk(ours, {"w": torch.zeros(2, 2)}, 0.25)["w"], torch.full((2, 2), 0.25))
@@ -376,7 +409,8 @@ def test_it_is_never_made_in_place(pair: tuple[str, str], tmp_path: Path):
     link.symlink_to(target)
     file = tmp_path / "file"
     file.write_text("")
-    for output in (target, target / "new", tmp_path, full, link, link / "new", file):
+    ruled = tmp_path / "a\nline"
+    for output in (target, target / "new", tmp_path, full, link, link / "new", file, ruled):
         error = refused(*pair, output, method="revert")
         assert (type(error), error.code, error.exit_code) == (UsageError, "usage.output", 4)
     assert (target / "model.safetensors").read_bytes() == bytes_before
@@ -391,6 +425,50 @@ def test_beside_a_single_file_there_is_room(pair: tuple[str, str], tmp_path: Pat
     done = repair(str(file), pair[1], file.parent / "out", method="shrink:0.5", seed=0)
     assert done.outcome == "unverified"
     assert refused(str(file), pair[1], file, method="revert").code == "usage.output"
+
+
+def test_a_projector_alone_is_repaired_in_the_model_of_its_base(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    last = [Tried("revert", 0.0, 0.0, 0.0)]
+    monkeypatch.setattr(mend, "choose", lambda task: (last, (dict(task.base), None)))
+    file = tmp_path / "mine" / "projector.safetensors"
+    file.parent.mkdir()
+    whole = load_file(BACKDOORED / "model.safetensors")
+    save_file({n: t for n, t in whole.items() if n.startswith(P)}, file)
+    done = repair(str(file), str(BASE), tmp_path / "out", seed=0)
+    assert (done.outcome, done.exit_code) == ("repaired", 0)
+    assert [f.path for f in done.written] == ["projector.safetensors"]
+    error = refused(str(file), str(BASE), tmp_path / "full", full=True, seed=0)
+    assert (error.code, error.exit_code) == ("unsupported.repair", 3)
+    assert "a projector alone" in str(error)
+
+
+def test_values_that_are_not_finite_are_taken_out_by_reverting_alone(
+    pair: tuple[str, str], tmp_path: Path
+):
+    target = Path(pair[0]) / "model.safetensors"
+    tensors = load_file(target)
+    tensors[f"{P}linear_1.weight"][0, 0] = float("nan")
+    save_file(tensors, target, {"format": "pt"})
+    for number, method in enumerate(("top-k:1", "top-k-all:1", "shrink:0.5", "clip")):
+        error = refused(*pair, tmp_path / str(number), method=method, seed=0)
+        assert (error.code, error.exit_code) == ("unsupported.repair", 3)
+        assert "linear_1.weight holds values that are not finite; revert" in str(error)
+    done = repair(*pair, tmp_path / "out", method="revert", seed=0)
+    written = projector(tmp_path / "out" / "projector.safetensors")
+    assert all(np.array_equal(t, projector(pair[1])[n]) for n, t in written.items())
+    assert done.outcome == "unverified"
+
+
+def test_what_a_method_leaves_alone_keeps_every_bit(tmp_path: Path):
+    tensors = {n: t.double() + 1e-12 for n, t in llava().items()}
+    (found,) = locate({n: t.shape for n, t in tensors.items()})
+    ours = {n: tensors[n] for n in found.tensors}
+    base = {n: torch.zeros_like(t) for n, t in ours.items()}
+    done = applied(Method("top-k", 1, True), None, found, ours, base)
+    changed = [n for n, t in done.items() if not torch.equal(t, ours[n])]
+    assert changed == [f"{P}linear_1.weight"]
 
 
 def test_targets_that_are_not_written_are_refused_with_what_to_do(
@@ -455,7 +533,7 @@ def test_the_command_writes_reports_and_exits_with_the_outcome(
         "projector.safetensors", "repair.html", "repair.json",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    assert said.startswith("UNVERIFIED: unverified: behaviour was not probed")
+    assert said.startswith("UNVERIFIED: nothing tells whether it helped: behaviour was not probed")
     assert "you named it" in said
     with pytest.raises(SystemExit) as stop:
         main(["repair", pair[0], "--base", pair[1], "-o", str(out)])
@@ -488,4 +566,5 @@ def test_a_full_folder_of_a_model_that_cannot_be_run_is_refused(
     out = tmp_path / "out"
     error = refused(*pair, out, method="revert", full=True, seed=0)
     assert error.code == "unsupported.repair"
+    assert "no whole folder is made: it has no tokenizer; leave --full out" in str(error)
     assert not list(out.iterdir())

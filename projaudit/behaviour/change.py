@@ -85,6 +85,7 @@ def correction(
     strength: float,
     damping: float,
     rank: int,
+    within: Tensor | None = None,
 ) -> Correction:
     """The least change E of a layer by which marked inputs give the outputs of unmarked ones.
 
@@ -94,7 +95,8 @@ def correction(
         mean ‖E h_kept‖² + strength · mean ‖(W + E) h_marked − W h_plain‖² + damping · t · ‖E‖²
 
     t the mean square of a kept input's entries, a 1 for the bias among them: as MEMIT (2210.07229,
-    eq. 14) writes facts into a layer. `rank` leading directions of it are kept.
+    eq. 14) writes facts into a layer. `rank` leading directions of it are kept, and what lies
+    `within` some orthonormal directions of the outputs (out, k).
     """
 
     def with_one(rows: Tensor) -> Tensor:
@@ -106,9 +108,11 @@ def correction(
     ridge = damping * gram.trace() / len(gram) * torch.eye(len(gram)).to(h)
     missing = m.T @ ((p - m) @ w.T) / len(m)
     e = torch.linalg.solve(gram + strength * (m.T @ m) / len(m) + ridge, strength * missing).T
+    if within is not None:
+        e = within.double() @ (within.double().T @ e)
     inputs = weight.shape[1]
     u, s, vt = torch.linalg.svd(e[:, :inputs], full_matrices=False)
-    r = min(rank, len(s))
+    r = min(rank, len(s) if within is None else within.shape[1])
     return Correction(
         (u[:, :r] * s[:r]).to(weight),
         vt[:r].to(weight),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -33,6 +34,9 @@ MARGIN = 1
 PROMPTS = 2
 """Prompts that each ordinary image is asked about a candidate."""
 RANK, DAMPING = 64, 0.1
+OUTPUTS = (2, 4, 8, None)
+"""Directions of the last layer's outputs that a correction may change, None for all: the leading
+ones of what marks do to them in the tuned projector and not in the base's."""
 STRENGTHS = tuple(10 ** (step / 4) for step in range(-12, 7))
 """Of a correction, mildest first: 0.001 … 32."""
 DIRECTIONS, TOPS, SHARES = (1, 2, 3, 4, 6, 8), (1, 2, 3, 5, 8), (0.75, 0.5, 0.25)
@@ -126,7 +130,8 @@ class Kind:
 def choose(task: Task) -> tuple[list[Tried], tuple[Side, Correction | None]]:
     """Every kind a margin beyond its mildest silent amount, best first, and the best's tensors.
 
-    The whole update's removal is always silent, and the last resort.
+    Of a method that comes in several kinds the best. The whole update's removal is always silent,
+    and the last resort.
     """
     found = []
     for order, kind in enumerate(kinds(task)):
@@ -135,7 +140,10 @@ def choose(task: Task) -> tuple[list[Tried], tuple[Side, Correction | None]]:
             made = kind.make(amount)
             found.append((-task.kept(made[0]), order, Tried(kind.method, amount, share, 0.0), made))
     found.sort(key=lambda one: one[:2])
-    return [replace(one, kept=-kept) for kept, _, one, _ in found], found[0][3]
+    tried: dict[Method, Tried] = {}
+    for kept, _, one, _ in found:
+        tried.setdefault(one.method, replace(one, kept=-kept))
+    return list(tried.values()), found[0][3]
 
 
 def mildest(kind: Kind, task: Task) -> tuple[float, float]:
@@ -171,18 +179,21 @@ def kinds(task: Task) -> list[Kind]:
     speaker, marked = study.tuned.speaker, task.marked
     weight, bias = task.last
 
-    def inputs(name: str, features: Tensor) -> Tensor:
-        return speaker.inputs(tuned, name, features)
+    def moved(side: Side, name: str) -> Tensor:
+        """(rows, in): what the marks do to what a layer is handed."""
+        return speaker.inputs(side, name, marked.marked) - speaker.inputs(side, name, marked.plain)
 
     ordinary = torch.cat([study.plain, task.more])
-    h, m, p = (inputs(weight, x) for x in (ordinary, marked.marked, marked.plain))
+    h, m, p = (speaker.inputs(tuned, weight, x) for x in (ordinary, marked.marked, marked.plain))
     first = study.first.weight
-    moved = inputs(first, marked.marked) - inputs(first, marked.plain)
-    along = torch.linalg.svd(moved, full_matrices=False)[2]
+    along = torch.linalg.svd(moved(tuned, first), full_matrices=False)[2]
+    gained = (m - p) @ tuned[weight].T - moved(base, weight) @ base[weight].T
+    leading = torch.linalg.svd(gained, full_matrices=False)[2]
 
-    def unlearned(strength: float) -> tuple[Side, Correction]:
+    def unlearned(strength: float, outputs: int | None) -> tuple[Side, Correction]:
         own = None if bias is None else tuned[bias]
-        by = correction(tuned[weight], own, h, m, p, strength, DAMPING, RANK)
+        within = None if outputs is None else leading[:outputs].T
+        by = correction(tuned[weight], own, h, m, p, strength, DAMPING, RANK, within)
         return corrected(tuned, weight, bias, by), by
 
     def projected(k: float) -> tuple[Side, Correction]:
@@ -191,7 +202,7 @@ def kinds(task: Task) -> list[Kind]:
         return without_directions(tuned, base, first, v), by
 
     return [
-        Kind("unlearn", STRENGTHS, unlearned, MARGIN),
+        *(Kind("unlearn", STRENGTHS, partial(unlearned, outputs=k), MARGIN) for k in OUTPUTS),
         Kind("project", DIRECTIONS, projected),
         Kind("top-k", TOPS, lambda k: (without_top(tuned, base, [first], int(k)), None)),
         Kind("shrink", SHARES, lambda share: (shrunk(tuned, base, share), None)),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from projaudit.behaviour import sandbox
 from projaudit.behaviour.asked import Asked
@@ -26,6 +26,7 @@ from projaudit.projector import Projector
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 SMALL = 1_000_000_000
 """Parameters up to which models run in float32, and a CPU is asked by default."""
 BUDGET, BUDGET_LARGE = 16_500, 4_600
@@ -173,23 +174,30 @@ def hear(
     """
     with staged(target, base, other_model=other_model, device=device, seed=seed) as run:
         answer = sandbox.run(
-            {
-                **run.request,
-                "prompts": None if asked.prompts is None else list(asked.prompts),
-                "images": None if asked.images is None else list(asked.images),
-                "requests": None if asked.requests is None else list(asked.requests),
-                "budget": budget_of(host(target, base).checkpoint, asked),
-            },
-            **run.limits,
-            progress=progress,
+            run.request | questions(host(target, base), asked), **run.limits, progress=progress
         )
+    return told(Evidence, answer)
+
+
+def questions(part: Part, asked: Asked) -> dict[str, Any]:
+    """What the process is asked, beside the model: prompts, images, requests, most answers."""
+    return {
+        "prompts": None if asked.prompts is None else list(asked.prompts),
+        "images": None if asked.images is None else list(asked.images),
+        "requests": None if asked.requests is None else list(asked.requests),
+        "budget": budget_of(part.checkpoint, asked),
+    }
+
+
+def told(kind: type[T], answer: object) -> T:
+    """What the process answered, as a value of that type; CouldNotProbe where it is none."""
     try:
-        heard: Evidence = from_plain(Evidence, answer)
-        if any(payload.strength < 0 for payload in heard.payloads):
+        found: T = from_plain(kind, answer)
+        if isinstance(found, Evidence) and any(p.strength < 0 for p in found.payloads):
             raise ValueError("a strength is negative")
     except (ValueError, OverflowError) as error:  # an integer that no float can hold
         raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
-    return heard
+    return found
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,8 @@ Cell = tuple[int, int]
 """An image and a prompt."""
 
 
-def listen(study: Study, tell: Tell, asked: list[Probe] | None = None) -> Listening:
-    """The answers on ordinary images, then to every probe until evidence, plan or budget ends.
-
-    `asked` is filled with the probes, in the order in which they were heard.
-    """
+def listen(study: Study, tell: Tell) -> Listening:
+    """The answers on ordinary images, then to every probe until evidence, plan or budget ends."""
     # Half of a small budget is left for probes.
     fitting = max(4, study.budget // (4 * study.prompts))
     every = tuple(range(min(len(study.ordinary), fitting)))
@@ -69,7 +66,7 @@ def listen(study: Study, tell: Tell, asked: list[Probe] | None = None) -> Listen
     known = list(plain.tuned if plain.base is None else plain.base)
     own = Speech(spoken(known), open_tokens(plain))
     speech = replace(own, pairs=open_pairs(plain, own.unfamiliar))
-    asked = [] if asked is None else asked
+    asked: list[Probe] = []
     met: set[Pair] = set()
     stages: tuple[Callable[[], list[Probe]], ...] = (
         lambda: plan(study),

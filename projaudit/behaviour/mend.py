@@ -17,11 +17,10 @@ from torch import Tensor
 
 from projaudit.behaviour.change import Correction
 from projaudit.behaviour.choose import Task, choose
-from projaudit.behaviour.listen import Tell, listen
+from projaudit.behaviour.listen import Listening, Tell, listen
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.places import in_module
-from projaudit.behaviour.plan import Probe
-from projaudit.behaviour.probe import study_of
+from projaudit.behaviour.probe import study_of, weigh
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.telling import further, marked_of, openly, texts_of
 from projaudit.behaviour.texts import Speech, whole
@@ -33,14 +32,17 @@ ROUNDS = 3
 
 
 def mend(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """`evidence.Mended`, but for its sandbox, as JSON values.
+    """`evidence` and `mended`: an Evidence and a Mended but for their sandbox, as JSON values.
 
-    `request` is that of `probe.probe`, with `last` and `last_bias` (the last layer's tensors on
-    disk) and `matrices` (the weights of all layers). The base is needed. Raises CouldNotProbe with
-    a reason.
+    The audit of the projector, and what ends what it heard. `request` is that of `probe.probe`,
+    with `last` and `last_bias` (the last layer's tensors on disk) and `matrices` (the weights of
+    all layers). The base is needed. Raises CouldNotProbe with a reason.
     """
     tell("load model", 0, 0)
-    return mended(request, *load(request), tell)
+    loaded = load(request)
+    kept: list[Listening] = []
+    evidence = weigh(request, *study_of(request, *loaded), tell, kept.append)
+    return {"evidence": evidence, "mended": mended(request, *loaded, tell, heard=kept[0])}
 
 
 def mended(
@@ -50,35 +52,38 @@ def mended(
     first: Linear,
     tell: Tell,
     hand: Callable[[Side], None] | None = None,
+    heard: Listening | None = None,
 ) -> dict[str, Any]:
-    """As `mend`, of models that are loaded; `hand` is given the changed projector's tensors."""
+    """`evidence.Mended` of models that are loaded, with what was heard of them, if it was.
+
+    `hand` is given the changed projector's tensors.
+    """
     speaker, side = tuned
     task: Task | None = None
     known: Speech | None = None
     told: list[str] = []
-    heard: list[float] = []
+    strengths: list[float] = []
     tried: list[Tried] = []
     best: tuple[Side, Correction | None] | None = None
     for number in range(ROUNDS + 1):
         of = {**request, "seed": int(request["seed"]) + number}
         study, _, _ = study_of(of, (speaker, side), base, first)
         study = replace(study, budget=study.budget + study.answers)  # of each round
-        asked: list[Probe] = []
-        listening = listen(study, tell, asked)
+        listening = heard if number == 0 and heard is not None else listen(study, tell)
         texts, strength = texts_of(listening, listening.speech)
         if texts and known is None:
             more = further(study)
             known = openly(study, more, listening.speech)
         if texts and known is not None:
             texts, strength = texts_of(listening, _with_open(listening.speech, known))
-        heard.append(strength)
+        strengths.append(strength)
         if not texts or number == ROUNDS:
             break
         foreign = listening.speech.foreign
         pairs = frozenset(
             pair for text in texts for pair in pairwise(text) if any(map(foreign, pair))
         )
-        found = marked_of(study, asked, listening, pairs)
+        found = marked_of(study, listening, pairs)
         if task is None:
             if found is None:
                 break
@@ -97,7 +102,7 @@ def mended(
         hand(side)
     return {
         "texts": list(dict.fromkeys(told)),
-        "strengths": heard,
+        "strengths": strengths,
         "tried": [asdict(one) for one in tried],
         "factors": None if best is None or best[1] is None else _plain(best[1]),
         "answers": study.answers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from projaudit.behaviour import images as pictures
 from projaudit.behaviour.listen import LENGTH, Listening
-from projaudit.behaviour.plan import Probe, Study
+from projaudit.behaviour.plan import Study
 from projaudit.behaviour.texts import (
     Heard,
     Speech,
@@ -84,7 +83,6 @@ def texts_of(listening: Listening, speech: Speech) -> tuple[list[Tokens], float]
 
 def marked_of(
     study: Study,
-    asked: Sequence[Probe],
     listening: Listening,
     pairs: frozenset[tuple[int, int]],
 ) -> Marked | None:
@@ -94,7 +92,7 @@ def marked_of(
     features.
     """
     rows: list[tuple[bool, float, int, int, int, tuple[int, ...]]] = []
-    for number, (item, heard) in enumerate(zip(asked, listening.heard[1:], strict=True)):
+    for number, (item, heard) in enumerate(zip(listening.probes, listening.heard[1:], strict=True)):
         if item.kind == "amplified":  # it is about another update
             continue
         for place, image in enumerate(item.images):
@@ -111,7 +109,8 @@ def marked_of(
     if not images:
         return None
     images = images[:MOST]
-    features = {n: asked[n].features(asked[n].images) for _, _, n, *_ in images}
+    asked = {n: listening.probes[n] for _, _, n, *_ in images}
+    features = {n: item.features(item.images) for n, item in asked.items()}
     return Marked(
         torch.stack([features[n][place] for _, _, n, place, _, _ in images]),
         study.features_of([image for *_, image, _ in images]),

@@ -38,7 +38,7 @@ def claims(study: Study) -> tuple[Claim, ...]:
 
 
 def _spectra(study: Study) -> Iterator[Claim]:
-    layers = [one for one in study.spectra if one.values[0] > 0]
+    layers = [one for one in study.changed_most if one.values[0] > 0]
     yield Claim(
         "full_rank",
         "The update is of full rank on the whole",

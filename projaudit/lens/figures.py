@@ -37,7 +37,7 @@ def figures(study: Study) -> dict[int, tuple[Chart, ...]]:
 
 
 def _spectra(study: Study) -> Iterator[Chart]:
-    for n, one in enumerate(study.spectra):
+    for n, one in enumerate(study.changed_most):
         values = one.values[:SHOWN]
         places = tuple(float(k) for k in range(1, len(values) + 1))
         drawn = [_series("update", places, values)]

@@ -17,6 +17,8 @@ Group = Literal["clean", "triggered"]
 Tokens = Literal["all", "high norm", "rest"]
 ENERGIES = 30
 """Components whose cumulative energy of the drift is kept."""
+DRAWN = 4
+"""Layers whose spectra are drawn and told beside the paper's: a Q-Former has dozens."""
 
 
 @dataclass(frozen=True)
@@ -288,3 +290,10 @@ class Study:
     notes: tuple[str, ...]
     dtype: str
     parameters: int
+
+    @property
+    def changed_most(self) -> tuple[LayerSpectrum, ...]:
+        """The layers that are drawn: the `DRAWN` that changed most, in their order."""
+        size = [-one.frobenius / (one.base_frobenius or 1.0) for one in self.spectra]
+        chosen = sorted(sorted(range(len(size)), key=size.__getitem__)[:DRAWN])
+        return tuple(self.spectra[place] for place in chosen)

@@ -257,7 +257,8 @@ def _run(
 def _layers(projector: Projector) -> dict[str, Any]:
     """The layers of the forward path, which of them read features, and who reads hidden units."""
     linear = [step for step in map(parse, projector.chain) if step.kind in ("linear", "glu")]
-    reads = set(linear[0].roles)
+    # Of a module that no chain describes, the family says which layer comes first.
+    reads = set(linear[0].roles if linear else (projector.path[0].role,))
     units = [one.second for one in hidden(projector.chain) if one.act]
     weights = {layer.role: layer.weight for layer in projector.linears}
     return {

@@ -20,7 +20,7 @@ from projaudit.lens.answers import Questions, Wanted, answered
 from projaudit.lens.capture import Both, Pictures, plain, read_all
 from projaudit.lens.decoding import Space, Words, chance, decode, words_of
 from projaudit.lens.drifting import Shifted, drifted
-from projaudit.lens.result import Answered, Decoding, LayerSpectrum, Study
+from projaudit.lens.result import DRAWN, Answered, Decoding, LayerSpectrum, Study
 from projaudit.lens.subspace import LayerParts, delta_of, layer_parts
 from projaudit.lens.triggers import parse_trigger
 from projaudit.linalg import spectrum
@@ -74,6 +74,7 @@ def look(
     speaker = subject.speaker
     prompts, asked = _prompts(speaker, request, clean, marked)
     speaker.prepare(prompts, clean.images[0])
+    speaker.settle(2 * clean.images[:1] if len(clean.images) == 1 else clean.images)
     target = _target(speaker, request["target"])
     tell("features", 0, 0)
     features = {"clean": speaker.features(clean.images)}
@@ -111,6 +112,8 @@ def look(
     notes = [*request["notes"]]
     if reader and drifts.units is None:
         notes.append("transformers builds no layer that reads the hidden units")
+    if len(spectra) > DRAWN:
+        notes.append(f"of {len(spectra)} layers those {DRAWN} are drawn that changed most")
     if not decodings:
         notes.append("the outputs are no vectors of the language model's width: not decoded")
     return Study(

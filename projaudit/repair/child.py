@@ -1,4 +1,4 @@
-"""The confined process that a repair is chosen in."""
+"""The confined process that a model is heard in, and its repair chosen."""
 
 from __future__ import annotations
 

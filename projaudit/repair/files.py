@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ def require_new(output: Path, target: Path | None) -> None:
 
     if not str(output).strip() or output == Path():
         raise wrong("names no folder of its own")
+    if any(unicodedata.category(character) == "Cc" for character in str(output)):
+        raise wrong("holds control characters")
     place = output.resolve()
     if target is not None:
         taken = target.resolve()
@@ -76,6 +79,8 @@ def require_repairable(side: Side, full: bool) -> None:
             "has a quantised projector, which is not written",
             "repair the weights that it was quantised from, and quantise again",
         )
+    if full and side.alone:
+        raise refused("holds a projector alone, and no whole folder", "leave --full out")
     if full and not all(info.file.endswith(_SAFETENSORS) for info in infos):
         raise refused("is no safetensors, so that no whole folder is made", "leave --full out")
 

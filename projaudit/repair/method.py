@@ -38,10 +38,10 @@ def parse_method(text: str) -> Method | None:
     return Method(name, float(amount or 0), asked=True)  # type: ignore[arg-type]
 
 
-def chosen(mended: Mended) -> Method:
+def best(mended: Mended) -> Method:
     """The method that came out best."""
-    best = mended.tried[0]
-    return Method(best.method, best.amount, asked=False)
+    one = mended.tried[0]
+    return Method(one.method, one.amount, asked=False)
 
 
 def applied(
@@ -62,10 +62,9 @@ def applied(
     first, last = projector.path[0], projector.path[-1]
     every = [layer.weight for layer in projector.path]
     k = int(method.amount)
-    _require_matrices(method, projector, tuned)
     match method.name:
         case "unlearn" | "project":
-            layer = last if method.name == "unlearn" else first
+            layer = first if method.name == "project" else last
             by = correction_of(factors, layer, wide)
             found = change.corrected(wide, layer.weight, layer.bias, by)
         case "top-k":
@@ -74,16 +73,30 @@ def applied(
             found = change.without_top(wide, theirs, every, k)
         case "clip":
             found = change.clipped(wide, theirs, every)
-        case "shrink" | "revert":
+        case "shrink":
             found = change.shrunk(wide, theirs, method.amount)
-    return {name: tensor.to(tuned[name].dtype).contiguous() for name, tensor in found.items()}
+        case "revert":
+            found = {**wide, **theirs}
+    return {
+        name: (tuned[name] if tensor is wide[name] else tensor.to(tuned[name].dtype)).contiguous()
+        for name, tensor in found.items()
+    }
 
 
-def _require_matrices(
+def require_possible(
     method: Method, projector: Projector, tuned: Mapping[str, torch.Tensor]
 ) -> None:
-    """None; UnsupportedError (`unsupported.repair`) where the method has no matrix to work on."""
-    if method.name in ("shrink", "revert"):
+    """None; UnsupportedError (`unsupported.repair`) where the method has nothing to work on."""
+    if method.name == "revert":
+        return
+    broken = [name for name, tensor in tuned.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise UnsupportedError(
+            f"{clean(broken[0])} holds values that are not finite",
+            "repair",
+            remedy="revert takes the base's in their place",
+        )
+    if method.name == "shrink":
         return
     if method.name == "top-k" and not projector.chain:
         raise UnsupportedError(

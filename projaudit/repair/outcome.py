@@ -34,7 +34,7 @@ class Method:
         """What was taken out, in a few words."""
         k = f"{self.amount:.0f}"
         return {
-            "unlearn": "the last layer answers the marks that told as it answers none",
+            "unlearn": "what the marks that told do to the last layer's outputs",
             "project": f"{k} input directions of the marks that told, out of ΔW of the first layer",
             "top-k": f"the {k} leading directions, out of ΔW of the first layer",
             "top-k-all": f"the {k} leading directions, out of ΔW of every layer",
@@ -127,7 +127,7 @@ class Repair:
             return f"nothing was done: {self.why}"
         assert self.method is not None
         if self.outcome == "unverified":
-            return f"unverified: {self.why}"
+            return f"nothing tells whether it helped: {self.why}"
         if self.after is None:
             return "the repair failed: it changes no tensor; no projector was written"
         text = f"“{self.texts[0]}”"

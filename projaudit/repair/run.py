@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +15,11 @@ from projaudit.against_base import counterpart
 from projaudit.audit import check
 from projaudit.behaviour import sandbox
 from projaudit.behaviour.asked import Asked
-from projaudit.behaviour.hear import Part, budget_of, by_role, staged
+from projaudit.behaviour.hear import Part, by_role, hear, host, questions, staged, told
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.errors import BaseError, UnsupportedError
-from projaudit.evidence import Mended, from_plain
-from projaudit.listening import models_differ, teller, wish
+from projaudit.evidence import Evidence, Mended
+from projaudit.listening import wish
 from projaudit.opened import around, found_in, open_bases, open_target
 from projaudit.refs import parse_ref
 from projaudit.repair.files import (
@@ -30,10 +31,10 @@ from projaudit.repair.files import (
     write_model,
     write_projector,
 )
-from projaudit.repair.method import applied, chosen, parse_method
+from projaudit.repair.method import applied, best, parse_method, require_possible
 from projaudit.repair.outcome import Method, Repair, Written, heard, strength
 from projaudit.report import Report
-from projaudit.session import Progress, Session, find_device, settle
+from projaudit.session import Progress, Session, settle
 from projaudit.sides import Side, sides_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def repair(
     named = parse_method(method)
     ref = parse_ref(target, revision)
     require_new(output, ref.path)
-    wanted = wish("auto", prompts, images, None, budget, calibration)
+    wish("auto", prompts, images, None, budget, calibration)  # before anything is opened
     settings = settle({}, device=device, rank=None, seed=seed, verify=None, offline=offline)
     options: dict[str, Any] = {
         "depth": "behaviour" if named is None else "auto",
@@ -91,20 +92,24 @@ def repair(
     with Session(settings, progress, notify) as session:
         ours, theirs = _sides(session, target, base, revision, base_revision)
         require_repairable(ours, full)
+        part, other = _part(ours), _part(theirs)
+        if named is not None:
+            require_possible(named, ours.projector, part.tensors)
+        chosen: list[Mended] = []
         before = check(
             target,
             base,
             revision=revision,
             base_revision=base_revision,
             seed=settings.seed,
+            hear=partial(_hear, chosen) if named is None else hear,
             **options,
         )
         if named is None and strength(before) is not None and not heard(before):
             return Repair(before, None, None, None, (), "")
-        part, other = _part(ours), _part(theirs)
         try:
-            mended = None if named else _mended(session, before, part, other, wanted.asked)
-            done = named or chosen(mended)  # type: ignore[arg-type]
+            mended = None if named else _mended(before, chosen)
+            done = named or best(mended)  # type: ignore[arg-type]
             tensors = applied(
                 done,
                 None if mended is None else mended.factors,
@@ -182,48 +187,66 @@ def _part(side: Side) -> Part:
     return Part(side.checkpoint, side.projector, tensors)
 
 
-def _mended(session: Session, before: Report, ours: Part, theirs: Part, asked: Asked) -> Mended:
-    """What the process that runs the model chose; CouldNotProbe where nothing can be chosen."""
+def _hear(
+    chosen: list[Mended],
+    target: Part,
+    base: Part | None,
+    asked: Asked,
+    *,
+    other_model: bool,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Evidence:
+    """As `behaviour.hear.hear`; `chosen` is given what ends what was heard, by the same process."""
+    part = host(target, base)
+    path = part.projector.path
+    if base is None or {layer.layout for layer in (*path[:1], *path[-1:])} != {"plain"}:
+        return hear(
+            target,
+            base,
+            asked,
+            other_model=other_model,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
+    with staged(target, base, other_model=other_model, device=device, seed=seed) as run:
+        answer = sandbox.run(
+            {
+                **run.request,
+                **questions(part, asked),
+                "last": path[-1].weight,
+                "last_bias": path[-1].bias,
+                "matrices": [layer.weight for layer in path],
+            },
+            **{**run.limits, "seconds": 2 * run.limits["seconds"]},
+            progress=progress,
+            child=CHILD,
+        )
+
+    def part_of(name: str) -> object:
+        found = answer.get(name)
+        return {**found, "sandbox": answer.get("sandbox")} if isinstance(found, dict) else found
+
+    chosen.append(told(Mended, part_of("mended")))
+    return told(Evidence, part_of("evidence"))
+
+
+def _mended(before: Report, chosen: Sequence[Mended]) -> Mended:
+    """What the process that ran the model chose; CouldNotProbe where nothing could be chosen."""
     if before.behaviour is None:
         raise CouldNotProbe(f"behaviour was not probed ({before.not_probed})")
     if strength(before) is None:
         raise CouldNotProbe("the budget was spent before the plan was through (--budget)")
-    first, last = ours.projector.path[0], ours.projector.path[-1]
-    if last.layout != "plain" or first.layout != "plain":
+    if not chosen:
         raise CouldNotProbe("the weights of its projector are those of no linear layers")
-    device = find_device(session.settings.device)
-    with staged(
-        ours,
-        theirs,
-        other_model=models_differ(before.coverage),
-        device=device,
-        seed=session.settings.seed,
-    ) as ready:
-        answer = sandbox.run(
-            {
-                **ready.request,
-                "prompts": None if asked.prompts is None else list(asked.prompts),
-                "images": None if asked.images is None else list(asked.images),
-                "requests": None,
-                "budget": budget_of(ours.checkpoint, asked),
-                "last": last.weight,
-                "last_bias": last.bias,
-                "matrices": [layer.weight for layer in ours.projector.path],
-            },
-            **ready.limits,
-            progress=teller(session),
-            child=CHILD,
-        )
-    try:
-        found: Mended = from_plain(Mended, answer)
-    except (ValueError, OverflowError) as error:  # an integer that no float can hold
-        raise CouldNotProbe(f"the process that ran it answered nonsense: {error}") from None
-    if not found.tried:
+    if not chosen[0].tried:
         raise CouldNotProbe(
             "what probes bring out is said openly of other ordinary images too, or by no probe "
             "that can be asked of another projector"
         )
-    return found
+    return chosen[0]
 
 
 def _after(
@@ -238,12 +261,11 @@ def _after(
     """The audit of what was written; of the whole model where it can be run."""
     assert before.base is not None
     of_hub = before.base.kind == "hub"
-    place, depth = output / MODEL, "behaviour" if before.behaviour is not None else "weights"
+    place, depth = output / PROJECTOR, "behaviour" if before.behaviour is not None else "weights"
     try:
-        if full or depth == "behaviour":
+        if full or (depth == "behaviour" and not ours.alone):  # else its base's model runs it
+            place = output / MODEL
             write_model(ours, tensors, place, linked=not full)
-        else:
-            place = output / PROJECTOR
         report = check(
             str(place),
             before.base.name if of_hub else before.base.ref,
@@ -251,8 +273,13 @@ def _after(
             seed=seed,
             **{**options, "depth": depth},
         )
-    except CouldNotProbe as why:  # a whole folder was asked for
-        raise UnsupportedError(why.reason, "repair", file=before.target.name) from None
+    except CouldNotProbe as why:
+        raise UnsupportedError(
+            f"no whole folder is made: {why.reason}",
+            "repair",
+            file=before.target.name,
+            remedy="leave --full out" if full else "",
+        ) from None
     finally:
         if not full:
             shutil.rmtree(output / MODEL, ignore_errors=True)
