@@ -72,6 +72,7 @@ def positioned(shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[
         *_visual_words(shapes, paths, stacks),
     }
     found |= set(_kin(found, shapes, paths, stacks))
+    found |= set(_tables(found, shapes, paths, stacks))
     if not found and not stacks and _is_alone(shapes):
         found = set(shapes)
     sound = set(filter(SOUND.search, found))
@@ -218,6 +219,27 @@ def _kin(
         root = _root(name, above) if path not in stacks and _decides(path) is None else ""
         ends = (root[:end] for end, letter in enumerate(root) if letter == "_")
         if name not in found and len(shapes[name]) < 3 and any(end in roots for end in ends):
+            yield name
+
+
+def _tables(
+    found: Set[str], shapes: Shapes, paths: Mapping[str, str], stacks: Set[str]
+) -> Iterator[str]:
+    """Positions of what a projector's blocks read: a table beside it that nothing else can add to.
+
+    A matrix of its own module, as wide as the queries that were found and as no stack outside.
+    """
+    queries = {
+        shapes[name][-1] for name in found if module_of(name) == name and len(shapes[name]) > 1
+    }
+    for name, shape in shapes.items() if queries else ():
+        if name not in found and paths[name] in stacks:
+            queries -= set(shape)
+    above = _above(stacks)
+    for name, shape in shapes.items() if queries else ():
+        fits = len(shape) == 2 and shape[0] < VOCABULARY and shape[1] in queries
+        alone = paths[name] not in stacks and _root(name, above) == module_of(name)
+        if fits and alone and name not in found and _decides(paths[name]) is None:
             yield name
 
 

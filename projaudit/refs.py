@@ -82,6 +82,12 @@ def parse_ref(text: str, revision: str | None = None) -> Ref:
             )
         return Ref(text, "local", path=path)
     bare = text.partition("@")[0]
+    if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+        raise UsageError(
+            "is not read; hf://, s3://, gs://, https://, file:// and models:/ are",
+            "reference",
+            file=clean(public(text)),
+        )
     if (
         text.startswith((".", "/", "~", "\\"))
         or bare.endswith(WEIGHT_SUFFIXES)

@@ -124,6 +124,7 @@ def test_forms_of_a_reference_to_elsewhere(text: str, kind: str, uri: str):
         "https://host.example:99999/model.safetensors", "https://[::1/model.safetensors",
         "https://host.example/%2e%2e%2fx.safetensors", "https://ho st/model.safetensors",
         "https://huggingface.co/org/model/resolve/main/model.safetensors",
+        "az://container/model", "ftp://host/model.safetensors", "git+https://host/x",
         "models:/", "models:/a/../../b", "models://a/1", "runs:/", "runs:/x",
     ],
 )  # fmt: skip
