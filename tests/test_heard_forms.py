@@ -70,6 +70,7 @@ def other(part: Part) -> Part:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's
 @pytest.mark.parametrize(
     ("family", "by_token"),
     [
@@ -81,6 +82,7 @@ def other(part: Part) -> Part:
         ("idefics2", False),
         ("blip-2", False),
         ("llava_gemma2", True),
+        ("paligemma", True),
         ("qwen3_vl", False),
         ("deepseek_vl_hybrid", False),
     ],

@@ -107,7 +107,24 @@ def deepseek_vl_hybrid() -> tuple[Any, Any]:
     return hf.DeepseekVLHybridForConditionalGeneration(config), processor
 
 
+def paligemma() -> tuple[Any, Any]:
+    """PaliGemma: one layer; a processor that makes labels of training, too."""
+    words = tokenizer("<image>", image_token="<image>")
+    images = hf.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 16
+    processor = hf.PaliGemmaProcessor(images, words, chat_template=LLAVA)
+    config = hf.PaliGemmaConfig(
+        vision_config={**siglip(16, 4), "vision_use_head": False},
+        # Its processor adds a thousand tokens for places.
+        text_config={"model_type": "gemma", **LM, "vocab_size": len(words) + 1200},
+        image_token_index=4,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return hf.PaliGemmaForConditionalGeneration(config), processor
+
+
 MORE = {
     "blip-2": blip2, "idefics2": idefics2, "qwen3_vl": qwen3_vl,
-    "deepseek_vl_hybrid": deepseek_vl_hybrid,
+    "deepseek_vl_hybrid": deepseek_vl_hybrid, "paligemma": paligemma,
 }  # fmt: skip

@@ -115,9 +115,9 @@ class Speaker:
         from PIL import Image as Picture
 
         shown = [[Picture.fromarray(image)] for image in images]
-        return self.processor(text=list(texts), images=shown, return_tensors="pt", **how).to(
-            self.device
-        )
+        encoded = self.processor(text=list(texts), images=shown, return_tensors="pt", **how)
+        encoded.pop("labels", None)  # PaliGemma's are those of training
+        return encoded.to(self.device)
 
     def _chat(self, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
