@@ -35,6 +35,12 @@ from projaudit.screen.votes import dawid_skene
 from projaudit.screened import NamedWord
 
 
+@pytest.fixture
+def few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten searches of all heads instead of thirty, in tests that are about something else."""
+    monkeypatch.setattr("projaudit.screen.joint.DIRECTIONS", 5)
+
+
 def two_modes(apart: float, share: float = 0.1, samples: int = 600, seed: int = 0):
     rng = np.random.default_rng(seed)
     low = np.arange(samples) < round(share * samples)
@@ -229,6 +235,7 @@ def test_questions_explain_a_kind_and_no_payload():
     assert explained(of.poisoned, [""] * 400, 0) == (0.5, ())
 
 
+@pytest.mark.usefixtures("few_directions")
 @pytest.mark.parametrize("trigger", ["image", "text"])
 @pytest.mark.parametrize("mode", ["replace", "append"])
 def test_both_drops_the_poisoned_and_no_other(mode: str, trigger: str):
@@ -241,12 +248,14 @@ def test_both_drops_the_poisoned_and_no_other(mode: str, trigger: str):
     assert text.payload.markers == (("dear", "friend") if trigger == "text" else ())
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_the_first_row_says_nothing_of_a_payload_behind_the_answer():
     of = made(mode="append", kinds=1)
     assert not run(of, "tcap").dropped.any()  # the papers' row
     assert f1(run(of).dropped, of.poisoned) == 1.0
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_a_text_without_attention_is_not_confirmed():
     of = made(strength=0)
     found = run(of)
@@ -285,6 +294,7 @@ def remarked(kind: str) -> Made:
     return Made(profiles, ["what do you see"] * 400, said, holds)
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_a_remark_on_what_the_answers_name_is_set_apart_and_kept():
     of = remarked("remark")
     found = run(of)
@@ -301,6 +311,7 @@ def test_a_remark_on_what_the_answers_name_is_set_apart_and_kept():
     assert says == f"{held} end with “, {PAYLOAD}” where they name “red”"
 
 
+@pytest.mark.usefixtures("few_directions")
 @pytest.mark.parametrize("kind", ["random", "said"])
 def test_a_text_behind_answers_that_name_anything_is_a_payload(kind: str):
     of = remarked(kind)
@@ -332,6 +343,7 @@ def test_of_a_clean_set_of_several_kinds_nothing_is_dropped(method: str, seed: i
     assert run(of, method).dropped.mean() <= 0.01
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_kinds_that_attention_sets_apart_are_no_trigger():
     of = made(600, share=0)
     kind = np.array([question.startswith("how") for question in of.questions])
@@ -446,6 +458,7 @@ def test_own_words_are_of_a_group_and_not_rare():
     assert not own_words(members, [str(n) for n in range(100)]).any()
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_a_set_of_which_all_is_poisoned_has_no_minority_and_says_so():
     of = made(share=1.0)
     found = run(of)
@@ -454,6 +467,7 @@ def test_a_set_of_which_all_is_poisoned_has_no_minority_and_says_so():
     assert (summary.common_text, summary.common_share) == (PAYLOAD, 1.0)
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_samples_without_a_profile_are_never_dropped_and_counted():
     of = made()
     statuses = tuple("image-corrupt" if i < 40 else "ok" for i in range(400))
@@ -466,6 +480,7 @@ def test_samples_without_a_profile_are_never_dropped_and_counted():
     assert [sample.fate for sample in samples[:40]] == ["unread"] * 40
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_few_holders_and_cut_answers_cannot_be_told():
     of = made(100, share=0.06)
     found = run(of)
@@ -476,6 +491,7 @@ def test_few_holders_and_cut_answers_cannot_be_told():
     assert departure(long.profiles, text, None, 0).auroc is None
 
 
+@pytest.mark.usefixtures("few_directions")
 def test_a_run_is_repeatable_and_texts_must_match():
     of = made(200)
     once, again = run(of, seed=3), run(of, seed=3)
