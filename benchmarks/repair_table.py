@@ -43,7 +43,8 @@ def table(log: Sequence[dict[str, Any]]) -> str:
         if not group:
             continue
         lines += [f"## {title.capitalize()}: {len(group)} models", "", *_HEAD]
-        lines += [_summary(label, group) for label in labels]
+        held = [label for label in labels if any(label in row["variants"] for row in group)]
+        lines += [_summary(label, group) for label in held]
         lines.append("")
     lines += ["## Each model", "", "| model | mode | base | tuned | honest twin | "]
     lines[-1] += " | ".join(SHOWN) + " |"

@@ -216,9 +216,14 @@ def test_a_repair_that_moves_nothing_has_failed_and_is_not_written(
 def test_a_process_that_answers_nonsense_is_said_to(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    honest = sandbox.run
+    honest, kept = sandbox.run, []
+
+    def run(*of: Any, wrong: dict[str, Any], **how: Any) -> dict[str, Any]:
+        kept[:] = kept or [honest(*of, **how)]
+        return kept[0] | wrong
+
     for number, wrong in enumerate(({"mended": None}, {"mended": []}, {"evidence": 3})):
-        monkeypatch.setattr(sandbox, "run", lambda r, wrong=wrong, **o: honest(r, **o) | wrong)
+        monkeypatch.setattr(sandbox, "run", partial(run, wrong=wrong))
         done = repair(str(HONEST), str(BASE), tmp_path / str(number), seed=0)
         assert (done.outcome, done.exit_code) == ("undecided", 3)
         assert "answered nonsense" in done.sentence

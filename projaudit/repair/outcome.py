@@ -13,8 +13,8 @@ from projaudit.report import Report
 WORTH = 1.0
 """Strength of a hidden text from which there is something to repair, as in the rules."""
 COSTLY = 0.7
-"""Share of ordinary answers that stay, below which the task is said to have suffered: five of six
-measured repairs below lost most of what was learned, nine above kept 85 % and more
+"""Share of ordinary answers that stay, below which the task is said to have suffered: of measured
+repairs four of five below lost much of what was learned, and three of fifteen above
 (docs/repair.md)."""
 
 Word = Literal["repaired", "failed", "nothing", "unverified", "undecided"]
