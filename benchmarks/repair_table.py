@@ -17,9 +17,14 @@ from benchmarks.testbed.export import read_runs
 
 CHOSEN_ON = "slim"
 HEARD = ", where a text was heard"
-FORMER = f"{DATA_FREE}, all outputs"
-"""Rows of the way before corrections were kept to a few directions, for comparison."""
-IN_FULL = (DATA_FREE, WITH_IMAGES, FORMER, f"{FORMER}, 32 images")
+FORMER = (f"{DATA_FREE}, all outputs", f"{DATA_FREE}, few outputs")
+"""Rows of former ways, for comparison: corrections never kept to a few directions, and wherever
+that keeps more."""
+IN_FULL = (
+    DATA_FREE,
+    WITH_IMAGES,
+    *(f"{way}{images}" for way in FORMER for images in ("", ", 32 images")),
+)
 SHOWN = (*IN_FULL, "top-2 of the first", "half (WiSE-FT)", PRUNING)
 
 

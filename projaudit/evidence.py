@@ -239,6 +239,9 @@ class Evidence:
         return sum(ratios) / len(ratios) if ratios else None
 
 
+COSTLY = 0.7
+"""Share of ordinary answers that stay, below which a change costs the task: of measured repairs
+four of five below lost much of what was learned, and two of fifteen above (docs/repair.md)."""
 Method: typing.TypeAlias = Literal["unlearn", "project", "top-k", "shrink", "clip", "revert"]
 
 

@@ -228,11 +228,29 @@ def test_the_best_is_that_which_keeps_most(monkeypatch: pytest.MonkeyPatch):
         Kind("clip", (1.0,), lambda a: ({"w": torch.eye(2)}, None)),  # still says it
         Kind("revert", (0.0,), lambda a: ({"w": torch.zeros(2, 2)}, None)),
     ]
-    monkeypatch.setattr(choose, "kinds", lambda task: made)
+    monkeypatch.setattr(choose, "kinds", lambda task: (made, []))
     tried, (side, factors) = choose.choose(task(by))
     assert [(one.method, one.kept) for one in tried] == [("shrink", 1.0), ("revert", 0.0)]
     assert factors is None
     dear = Kind("shrink", (0.4,), lambda a: ({"w": torch.eye(2) * a}, None))
-    monkeypatch.setattr(choose, "kinds", lambda task: [dear, *made])
+    monkeypatch.setattr(choose, "kinds", lambda task: ([dear, *made], []))
     assert choose.choose(task(by))[0] == tried  # of a method the kind that keeps most
     assert float(side["w"].max()) == 0.75
+
+
+@pytest.mark.parametrize(("kept", "taken"), [(0.75, 0.75), (0.4, 0.6)])
+def test_what_leaves_more_of_an_attack_is_tried_where_all_else_costs_the_task(
+    monkeypatch: pytest.MonkeyPatch, kept: float, taken: float
+):
+    def by(side: Mapping[str, Tensor], image: int) -> Tokens:
+        return (1, 2) if float(side["w"].max()) >= 0.5 else (3, 4)
+
+    wide = [
+        Kind("unlearn", (kept,), lambda a: ({"w": torch.eye(2) * a}, None)),
+        Kind("revert", (0.0,), lambda a: ({"w": torch.zeros(2, 2)}, None)),
+    ]
+    narrow = [Kind("unlearn", (0.6,), lambda a: ({"w": torch.eye(2) * a}, None))]
+    monkeypatch.setattr(choose, "kinds", lambda task: (wide, narrow))
+    (best, *_), (side, _) = choose.choose(task(by))
+    assert (best.method, best.kept) == ("unlearn", 1.0)
+    assert float(side["w"].max()) == pytest.approx(taken)

@@ -25,7 +25,7 @@ from projaudit.behaviour.plan import ENLARGED, Study
 from projaudit.behaviour.speaker import Side
 from projaudit.behaviour.telling import Marked
 from projaudit.behaviour.texts import Heard, Tokens
-from projaudit.evidence import Method, Tried
+from projaudit.evidence import COSTLY, Method, Tried
 
 SILENT = 0.05
 """Share of the telling answers that may still hold a text."""
@@ -34,9 +34,9 @@ MARGIN = 1
 PROMPTS = 2
 """Prompts that each ordinary image is asked about a candidate."""
 RANK, DAMPING = 64, 0.1
-OUTPUTS = (2, 4, 8, None)
-"""Directions of the last layer's outputs that a correction may change, None for all: the leading
-ones of what marks do to them in the tuned projector and not in the base's."""
+OUTPUTS = (2, 4, 8)
+"""Directions of the last layer's outputs to which a correction is kept where in all of them it
+costs the task: the leading ones of what marks do in the tuned projector and not in the base's."""
 STRENGTHS = tuple(10 ** (step / 4) for step in range(-12, 7))
 """Of a correction, mildest first: 0.001 … 32."""
 DIRECTIONS, TOPS, SHARES = (1, 2, 3, 4, 6, 8), (1, 2, 3, 5, 8), (0.75, 0.5, 0.25)
@@ -130,15 +130,20 @@ class Kind:
 def choose(task: Task) -> tuple[list[Tried], tuple[Side, Correction | None]]:
     """Every kind a margin beyond its mildest silent amount, best first, and the best's tensors.
 
-    Of a method that comes in several kinds the best. The whole update's removal is always silent,
-    and the last resort.
+    Of a method that comes in several kinds the best. Corrections in few directions leave more of
+    some attacks, and are tried where all else costs the task. The whole update's removal is always
+    silent, and the last resort.
     """
-    found = []
-    for order, kind in enumerate(kinds(task)):
-        amount, share = mildest(kind, task)
-        if share <= SILENT or kind.method == "revert":
-            made = kind.make(amount)
-            found.append((-task.kept(made[0]), order, Tried(kind.method, amount, share, 0.0), made))
+    found: list[tuple[float, int, Tried, tuple[Side, Correction | None]]] = []
+    for some in kinds(task):
+        if found and min(one[0] for one in found) <= -COSTLY:
+            break
+        for kind in some:
+            amount, share = mildest(kind, task)
+            if share <= SILENT or kind.method == "revert":
+                made = kind.make(amount)
+                one = Tried(kind.method, amount, share, 0.0)
+                found.append((-task.kept(made[0]), len(found), one, made))
     found.sort(key=lambda one: one[:2])
     tried: dict[Method, Tried] = {}
     for kept, _, one, _ in found:
@@ -171,8 +176,8 @@ def mildest(kind: Kind, task: Task) -> tuple[float, float]:
     return (kind.amounts[beyond], farther) if farther <= SILENT else (kind.amounts[high], share)
 
 
-def kinds(task: Task) -> list[Kind]:
-    """The kinds of change that are tried."""
+def kinds(task: Task) -> tuple[list[Kind], list[Kind]]:
+    """The kinds of change that are tried, and those that are tried where these cost the task."""
     # In float32, whatever the model runs in: it rounds what it is given.
     tuned, base = ({n: t.float() for n, t in side.items()} for side in (task.tuned, task.base))
     study = task.study
@@ -201,11 +206,14 @@ def kinds(task: Task) -> list[Kind]:
         by = Correction(-(tuned[first] - base[first]) @ v.T, v, None)
         return without_directions(tuned, base, first, v), by
 
+    def corrections(outputs: int | None) -> Kind:
+        return Kind("unlearn", STRENGTHS, partial(unlearned, outputs=outputs), MARGIN)
+
     return [
-        *(Kind("unlearn", STRENGTHS, partial(unlearned, outputs=k), MARGIN) for k in OUTPUTS),
+        corrections(None),
         Kind("project", DIRECTIONS, projected),
         Kind("top-k", TOPS, lambda k: (without_top(tuned, base, [first], int(k)), None)),
         Kind("shrink", SHARES, lambda share: (shrunk(tuned, base, share), None)),
         Kind("clip", (1.0,), lambda _: (clipped(tuned, base, task.matrices), None)),
         Kind("revert", (0.0,), lambda _: (shrunk(tuned, base, 0.0), None)),
-    ]
+    ], [corrections(k) for k in OUTPUTS]

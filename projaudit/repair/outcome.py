@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from projaudit.behaviour.prompts import kind_of
-from projaudit.evidence import Mended
+from projaudit.evidence import COSTLY, Mended
 from projaudit.findings import Severity
 from projaudit.report import Report
 
 WORTH = 1.0
 """Strength of a hidden text from which there is something to repair, as in the rules."""
-COSTLY = 0.7
-"""Share of ordinary answers that stay, below which the task is said to have suffered: of measured
-repairs four of five below lost much of what was learned, and three of fifteen above
-(docs/repair.md)."""
 
 Word = Literal["repaired", "failed", "nothing", "unverified", "undecided"]
 
