@@ -7,18 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from projaudit.behaviour.able import require_runnable, require_unasked
 from projaudit.behaviour.asked import Asked, find_images, read_prompts
-from projaudit.behaviour.hear import (
-    Part,
-    announce,
-    by_role,
-    hears,
-    host,
-    require_runnable,
-    require_unasked,
-)
+from projaudit.behaviour.hear import announce
 from projaudit.behaviour.prompts import kind_of
 from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.staged import Part, by_role, hears, host
 from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
 from projaudit.checkpoint import Checkpoint
 from projaudit.errors import UsageError

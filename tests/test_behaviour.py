@@ -33,7 +33,7 @@ from test_demo import backdoor, report_of
 import projaudit
 from projaudit.analyses import METRICS
 from projaudit.analyses.behaviour import Behaviour
-from projaudit.behaviour import asked, hear, images, sandbox
+from projaudit.behaviour import able, asked, images, sandbox
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.data import data_path
@@ -367,7 +367,7 @@ def test_a_single_file_cannot_be_run():
 
 
 def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hear, "_free", lambda device: 1 << 30)
+    monkeypatch.setattr(able, "_free", lambda device: 1 << 30)
     report = projaudit.check(str(HONEST), str(BASE), depth="behaviour", seed=0)
     assert "GiB of memory, of which 1.0 are free" in refusal(report)
     auto = projaudit.check(str(HONEST), str(BASE), seed=0)
@@ -376,7 +376,7 @@ def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyP
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hear, "find_spec", lambda name: None)
+    monkeypatch.setattr(able, "find_spec", lambda name: None)
     report = projaudit.check(str(HONEST), str(BASE), depth="behaviour", seed=0)
     assert "pip install 'projaudit[behaviour]'" in refusal(report)
 

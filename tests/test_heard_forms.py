@@ -24,11 +24,11 @@ from vlms_more import MORE
 
 import projaudit
 from projaudit.behaviour import sandbox
-from projaudit.behaviour.hear import Part, staged
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.plan import plan
 from projaudit.behaviour.probe import NO_JACOBIANS, OTHER_WAYS, study_of
 from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.staged import Part, staged
 from projaudit.checkpoint import load_weights, open_checkpoint
 from projaudit.data import data_path
 from projaudit.opened import projectors_of

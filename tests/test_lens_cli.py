@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from vlms import FAMILIES, save
 from vlms_more import MORE
 
-from projaudit.behaviour import hear
+from projaudit.behaviour import able
 from projaudit.behaviour.images import ordinary
 from projaudit.cli import main
 from projaudit.data import data_path
@@ -275,7 +275,7 @@ def test_bad_input_is_one_clear_line(
 def test_too_little_memory_says_how_much_it_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hear, "_free", lambda device: 1 << 30)
+    monkeypatch.setattr(able, "_free", lambda device: 1 << 30)
     with pytest.raises(SystemExit) as stopped:
         main(["lens", *map(str, with_images()(tmp_path)), *QUICK, "-o", str(tmp_path)])
     assert stopped.value.code == 2

@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.testbed.evaluate import answers, changed_by, exact_share, success, triggered
 from benchmarks.testbed.export import load
 from benchmarks.testbed.recipes import Attack, Task
-from projaudit.behaviour import hear, listen, mend, plan, sandbox
+from projaudit.behaviour import able, listen, mend, plan, sandbox
 from projaudit.behaviour.change import Correction, clipped, corrected, correction, shrunk
 from projaudit.cli import main
 from projaudit.errors import ProjauditError, UnsupportedError, UsageError
@@ -310,7 +310,7 @@ def test_auto_does_nothing_where_nothing_can_be_run(pair: tuple[str, str], tmp_p
 def test_too_little_memory_is_said_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hear, "_free", lambda device: 1 << 30)
+    monkeypatch.setattr(able, "_free", lambda device: 1 << 30)
     done = repair(str(BACKDOORED), str(BASE), tmp_path / "out", seed=0)
     assert done.exit_code == 3
     assert "needs about 2.0 GiB of memory, of which 1.0 are free" in done.sentence

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from projaudit.against_base import counterpart, coverage_of
-from projaudit.behaviour import hear, sandbox
+from projaudit.behaviour import sandbox
 from projaudit.behaviour.reasons import CouldNotProbe, TooLittleMemory
+from projaudit.behaviour.staged import Part, by_role, staged
 from projaudit.chain import hidden, parse
 from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError, UsageError
@@ -138,8 +139,8 @@ def lens(
 class _Pair:
     """Both projectors, with their values."""
 
-    target: hear.Part
-    base: hear.Part
+    target: Part
+    base: Part
     names: tuple[Looked, Looked]
     verified: bool
     notes: tuple[str, ...]
@@ -169,12 +170,12 @@ def _opened(session: Session, target: Ref, base: Ref | None) -> _Pair:
     )
 
 
-def _part(side: Side) -> tuple[hear.Part, Looked]:
+def _part(side: Side) -> tuple[Part, Looked]:
     weights = side.load()
     who = identity(side.source)
     digests = {info.name: digest for weight in weights.values() for info, digest in weight.parts}
     tensors = {name: weight.tensor for name, weight in weights.items()}
-    part = hear.Part(side.checkpoint, side.projector, tensors)
+    part = Part(side.checkpoint, side.projector, tensors)
     return part, Looked(clean(who.name), who.commit, digests)
 
 
@@ -195,10 +196,10 @@ def _elsewhere(coverage: Coverage, projectors: int, bases: int) -> Iterator[str]
         yield f"of {bases} bases the first was compared with"
 
 
-def _require_change(target: hear.Part, base: hear.Part, name: str) -> None:
+def _require_change(target: Part, base: Part, name: str) -> None:
     """None, or NothingError where both projectors hold the same values."""
     try:
-        theirs = hear.by_role(target.projector, base)
+        theirs = by_role(target.projector, base)
     except CouldNotProbe as why:
         raise UnsupportedError(why.reason, "shape", file=clean(name)) from None
     if all((target.tensors[n].float() == t.float()).all() for n, t in theirs.items()):
@@ -220,8 +221,8 @@ def _require_words(target: Checkpoint, text: str | None) -> None:
 
 def _run(
     session: Session,
-    target: hear.Part,
-    base: hear.Part,
+    target: Part,
+    base: Part,
     asked: Mapping[str, Any],
     device: torch.device,
 ) -> Answer:
@@ -233,12 +234,12 @@ def _run(
 
     name = clean(target.checkpoint.source.name)
     try:
-        with hear.staged(
+        with staged(
             target, base, other_model=False, device=device, seed=session.settings.seed
-        ) as staged:
+        ) as run:
             answer = sandbox.run(
-                {**staged.request, **asked, **_layers(target.projector)},
-                **staged.limits,
+                {**run.request, **asked, **_layers(target.projector)},
+                **run.limits,
                 progress=tell,
                 child=CHILD,
             )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from projaudit.behaviour.hear import weight_files
+from projaudit.behaviour.able import weight_files
 from projaudit.behaviour.stage import stage
 from projaudit.errors import UnsupportedError, UsageError
 from projaudit.inert import clean

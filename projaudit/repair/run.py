@@ -15,8 +15,9 @@ from projaudit.against_base import counterpart
 from projaudit.audit import check
 from projaudit.behaviour import sandbox
 from projaudit.behaviour.asked import Asked
-from projaudit.behaviour.hear import Part, by_role, hear, host, questions, staged, told
+from projaudit.behaviour.hear import hear, questions, told
 from projaudit.behaviour.reasons import CouldNotProbe
+from projaudit.behaviour.staged import Part, by_role, host, staged
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.evidence import Evidence, Mended
 from projaudit.listening import wish
