@@ -60,7 +60,7 @@ def require_extra() -> None:
     missing = [name for name in ("transformers", "accelerate", "PIL") if find_spec(name) is None]
     if missing:
         raise CouldNotProbe(
-            f"{', '.join(missing)} is not installed; pip install 'projaudit[behaviour]'"
+            f"not installed: {', '.join(missing)}; pip install 'projaudit[behaviour]'"
         )
 
 

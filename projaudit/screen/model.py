@@ -78,7 +78,7 @@ def opened(
     if adapter is not None and find_spec("peft") is None:
         missing.append("peft")
     if missing:
-        says = f"{', '.join(missing)} is not installed"
+        says = f"not installed: {', '.join(missing)}"
         raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
     place = find_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32

@@ -77,7 +77,7 @@ def screen_dataset(
     """
     missing = [name for name in ("sklearn", "pyarrow") if find_spec(name) is None]
     if missing:
-        says = f"{', '.join(missing)} is not installed"
+        says = f"not installed: {', '.join(missing)}"
         raise UnsupportedError(says, "extra", remedy="pip install 'projaudit[screen]'")
     started, stages = datetime.now(UTC), dict[str, float]()
     data = open_dataset(dataset, images, offline=offline)
