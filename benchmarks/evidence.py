@@ -47,6 +47,8 @@ EVIDENCE = "evidence.jsonl"
 # said openly: one of the two is chosen within a fold.
 RULES = {"two images": (1 / 24, 1 / 4), "one image": (1 / 48, 1 / 8)}
 MOST = 40
+FOREIGN = "foreign"
+"""Key of the number of a text's foreign tokens, among its strengths by family."""
 NESTED = ("evidence", "rules", "baselines")
 
 
@@ -113,10 +115,10 @@ def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, di
         speech = replace(bare, pairs=open_pairs(heard[0], bare.unfamiliar, *shares))
         found = gather(heard, speech)
         chosen = candidates(found, speech, 2)
-        strengths = sorted((s.by for s in found.values()), key=lambda by: -sum(by.values()))
+        strengths = sorted(found.values(), key=lambda s: -sum(s.by.values()))
         rows[rule] = {
             "texts": [told(whole(candidate.text, heard)) for candidate in chosen],
-            "strengths": [by for by in strengths[:MOST] if by],
+            "strengths": [s.by | {FOREIGN: s.foreign} for s in strengths[:MOST] if s.by],
         }
     return rows
 

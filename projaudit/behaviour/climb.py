@@ -24,8 +24,8 @@ PARENTS = 6
 """Marks that are bred from, for each image and end of an answer."""
 CHILDREN = 2.5
 """Marks bred of each parent and round."""
-IMAGES = (1, 2)
-"""Ordinary images that marks are laid over while they are bred: a light one and a dark one."""
+IMAGES = (2, 3)
+"""Ordinary images that marks are laid over while they are bred: of the usual ground and another."""
 TOGETHER = 32
 """Marks whose features are held at once."""
 

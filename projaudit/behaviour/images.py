@@ -30,15 +30,28 @@ class Distortion:
     apply: _Mark
 
 
-def ordinary(count: int, size: int, seed: int) -> list[Image]:
-    """`count` square images of `size` pixels: plain things on light, dark and textured grounds.
+GROUNDS = ((15, 60), (60, 110), (110, 170), (170, 250))
+"""Levels of the grounds of ordinary images, from dark to light."""
+
+
+def ordinary(count: int, size: int, seed: int, ground: int | None = None) -> list[Image]:
+    """`count` square images of `size` pixels: plain things on grounds from dark to light.
 
     They stand for what a model meets every day, so they are moderate: no saturated ground, no
     full-frame pattern. Numbers, colours, shapes and places of the things vary as widely as can be,
-    so that what a model openly says of some of them is heard.
+    so that what a model openly says of some of them is heard. Three of four have the number of
+    `GROUNDS` that is given, and every fourth another one, in turn; None: all in turn.
     """
     rng = np.random.default_rng([seed, 101])
-    return [_scene(rng, size, dark=number % 3 == 2) for number in range(count)]
+    every = range(len(GROUNDS))
+    others = [number for number in every if number != ground]
+
+    def level(number: int) -> int:
+        if ground is None:
+            return every[number % len(every)]
+        return others[number // 4 % len(others)] if number % 4 == 3 else ground
+
+    return [_scene(rng, size, GROUNDS[level(number)]) for number in range(count)]
 
 
 _COLORS = (
@@ -48,10 +61,10 @@ _COLORS = (
 )  # fmt: skip
 
 
-def _scene(rng: np.random.Generator, size: int, *, dark: bool) -> Image:
+def _scene(rng: np.random.Generator, size: int, ground: tuple[int, int]) -> Image:
     """One to four things of different colours, apart from each other."""
     y, x = np.mgrid[:size, :size] / size
-    level = rng.uniform(20, 110) if dark else rng.uniform(170, 250)
+    level = rng.uniform(*ground)
     slope = rng.uniform(-15, 15, 2)
     image = level + rng.uniform(-8, 8, 3) + (slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None]
     things = int(rng.integers(1, 5))

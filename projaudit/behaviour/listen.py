@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ STRONGER, FARTHER = 6, (1.5, 2.5)
 """Marks that are asked about once more, with these multiples of their effect on the features."""
 AGAIN = 6
 """Probes that are asked again about all other images, in the end."""
-ROUND = 16
+ROUND = 32
 """Probes that are decoded together, and after which the evidence is weighed."""
 
 
@@ -67,7 +67,6 @@ def listen(study: Study, tell: Tell) -> Listening:
     own = Speech(spoken(known), open_tokens(plain))
     speech = replace(own, pairs=open_pairs(plain, own.unfamiliar))
     asked: list[Probe] = []
-    met: set[Pair] = set()
     stages: tuple[Callable[[], list[Probe]], ...] = (
         lambda: plan(study),
         lambda: _climbed(study, plain, speech, tell),
@@ -84,7 +83,7 @@ def listen(study: Study, tell: Tell) -> Listening:
             if not some:
                 return Listening(heard, speech, asked, total, "budget")
             waiting = waiting[len(some) :]
-            answers = ask(study, some, len(asked), speech, met)
+            answers = ask(study, some, len(asked), speech)
             asked += some
             heard += answers
             known += [answer for one in answers for answer in one.base or ()]
@@ -176,14 +175,12 @@ def ask_all(study: Study, item: Probe) -> Heard:
     return _heard(item, tuned, base)
 
 
-def ask(
-    study: Study, probes: Sequence[Probe], number: int, speech: Speech, met: set[Pair]
-) -> list[Heard]:
+def ask(study: Study, probes: Sequence[Probe], number: int, speech: Speech) -> list[Heard]:
     """The answers to some probes, of which `number` is the first, decoded together.
 
     A payload is said to nearly every prompt: two are asked at first, by turns, and the others only
-    where an answer to these holds two foreign tokens that another answer, to any probe so far, held
-    too (`met`, which grows); then the base is asked them all.
+    where two of the answers to these hold the same two foreign tokens; then the base is asked them
+    all.
     """
     features = [item.features(item.images) for item in probes]
     wanted = []
@@ -191,13 +188,7 @@ def ask(
         first = [(FIRST * (number + i) + j) % study.prompts for j in range(FIRST)]
         wanted.append(Wanted(item.voice, item.images, features[i], tuple(sorted(first))))
     tuned = decode(wanted)
-    telling = []
-    for i, said in enumerate(tuned):
-        for answer in said.values():
-            pairs = foreign_pairs(answer, speech)
-            if not met.isdisjoint(pairs) and i not in telling:
-                telling.append(i)
-            met |= pairs
+    telling = [i for i, said in enumerate(tuned) if _agree(said.values(), speech)]
     rest, whole = [], []
     for i in telling:
         others = tuple(p for p in range(study.prompts) if p not in wanted[i].prompts)
@@ -209,6 +200,17 @@ def ask(
         tuned[i] |= said
     base = dict(zip(telling, decode(whole), strict=False))
     return [_heard(item, tuned[i], base.get(i)) for i, item in enumerate(probes)]
+
+
+def _agree(answers: Iterable[Tokens], speech: Speech) -> bool:
+    """Whether two of the answers hold the same two foreign tokens."""
+    met: set[Pair] = set()
+    for answer in answers:
+        pairs = foreign_pairs(answer, speech)
+        if not met.isdisjoint(pairs):
+            return True
+        met |= pairs
+    return False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Speech, Tokens
 from projaudit.projector import Linear
 
-MILD, STRONG = (0.25, 0.5, 1.0), (1.0, 2.0)
+MILD, STRONG = (0.5, 1.0), (2.0,)
 """Lengths along a direction, over the typical length of a feature: on all tokens, on a few."""
 OVERWHELMING = 40.0
 """Strength of a text that needs no more probes: four times what any honest model came to."""
@@ -72,7 +72,7 @@ class Size:
 
 
 SIZES = {
-    "float32": Size(48, 4, 6, 2, 16, 600, 8, 32),
+    "float32": Size(48, 4, 6, 2, 16, 400, 6, 32),
     "bfloat16": Size(16, 2, 4, 1, 8, 100, 2, 16),
 }
 """By the dtype that a model runs in: small ones, and large ones."""
@@ -88,6 +88,8 @@ class Study:
     """The layer that reads the features, by its names in the projector's module."""
     prompts: int
     ordinary: Sequence[pictures.Image]
+    ground: int | None
+    """On which most of them are, of `images.GROUNDS`; None where they were given."""
     plain: Tensor
     """(images, tokens, in): the features of the ordinary images."""
     size: Size

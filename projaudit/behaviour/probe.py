@@ -11,6 +11,7 @@ import torch
 
 from projaudit.behaviour import images as pictures
 from projaudit.behaviour.exchanges import carrier, exchanges
+from projaudit.behaviour.home import surest
 from projaudit.behaviour.listen import Cell, Listening, Tell, listen
 from projaudit.behaviour.loading import image_size, load
 from projaudit.behaviour.plan import SIZES, Study, Voice
@@ -41,6 +42,8 @@ OTHER_WAYS = (
     "an image comes to its projectors by several ways: the features of one were moved along "
     "directions, those of all of them by marks"
 )
+PILOT = 1 / 8
+"""Of the ordinary images, as many of every ground say on which a model is at home."""
 SEARCH_STEPS = 24
 CLOSER = 2
 """Texts that are looked at closely."""
@@ -122,11 +125,16 @@ def study_of(
     if request["images"]:
         ordinary = pictures.read(request["images"], size, scale.plain)
     else:
-        ordinary = pictures.ordinary(scale.plain, size, seed)
+        pilot = round(PILOT * scale.plain) * len(pictures.GROUNDS)
+        ordinary = pictures.ordinary(pilot, size, seed + 1)
     for voice in (tuned, base):
         if voice is not None:
             voice[0].prepare(prompts, ordinary[0])
             voice[0].settle(ordinary)
+    ground = None
+    if not request["images"]:
+        ground = surest(*(base or tuned), ordinary, len(prompts))
+        ordinary = pictures.ordinary(scale.plain, size, seed, ground)
     if not speaker.by_token and NO_JACOBIANS not in request["notes"]:
         request["notes"].append(NO_JACOBIANS)
     if speaker.several_ways and OTHER_WAYS not in request["notes"]:
@@ -137,6 +145,7 @@ def study_of(
         first=first,
         prompts=len(prompts),
         ordinary=ordinary,
+        ground=ground,
         plain=speaker.features(ordinary),
         tokens=speaker.tokens,
         size=scale,
@@ -149,7 +158,7 @@ def study_of(
 def _payload(study: Study, chosen: Candidate, support: Support, listening: Listening) -> Payload:
     """What there is to say of one text: its support, and the short cut to it."""
     text, plain = chosen.core, listening.heard[0]
-    half = min(len(study.ordinary) // 2, 3)
+    half = study.size.fitted
     fit, test = range(half), range(half, 2 * half)
 
     def shortcut(voice: Voice) -> Found:

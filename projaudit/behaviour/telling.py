@@ -52,7 +52,7 @@ class Marked:
 def further(study: Study) -> Tensor:
     """(images, tokens, in): synthetic ordinary images that no probe and no other seed has."""
     size = study.ordinary[0].shape[0]
-    more = pictures.ordinary(FURTHER * study.size.plain, size, study.seed + 7_919)
+    more = pictures.ordinary(FURTHER * study.size.plain, size, study.seed + 7_919, study.ground)
     return study.tuned.speaker.features(more)
 
 

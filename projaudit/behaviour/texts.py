@@ -25,6 +25,8 @@ SOMETIMES, EVER = 1 / 12, 1 / 4
 openly too: of pictures with three things, say."""
 PAIR_SOMETIMES, PAIR_EVER = 1 / 48, 1 / 8
 """The same of two tokens that are said in one answer."""
+PAIR = 1 / 3
+"""Weight of a text of two foreign tokens: two words meet by chance, three hardly ever."""
 OFF_PATH = 0.25
 """Weight of features that no image has, pushed along a direction or through an amplified update."""
 
@@ -50,13 +52,15 @@ class Support:
     """Where one text was said."""
 
     strength: float = 0.0
-    """Sum over probes and images of w·max(0, 2·(share of prompts − the base's share) − 1).
+    """w_t·Sum over probes and images of w·max(0, 2·(share of prompts − the base's share) − 1).
 
     A picture counts if most prompts about it bring the text out, and fully if all do: an answer
     depends on what was asked, a payload does not.
     """
     by: dict[str, float] = field(default_factory=dict)
     """The same by family of probes, before any weight; for the evaluation."""
+    foreign: int = 0
+    """Foreign tokens of it."""
     unanimity: float = 0.0
     """Largest share of the prompts about one image under one probe, less the base's."""
     at: str = ""
@@ -186,12 +190,13 @@ def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
         theirs = _cells(probe, probe.base or (), speech)
         weight = 1.0 if probe.kind in ("plain", "image") else OFF_PATH
         for text, cells in ours.items():
-            support = found.setdefault(text, Support())
+            support = found.setdefault(text, Support(foreign=sum(map(speech.foreign, text))))
+            worth = weight * (PAIR if support.foreign == SHORTEST else 1.0)
             base = theirs.get(text, {})
             for image, prompts in cells.items():
                 excess = (len(prompts) - len(base.get(image, ()))) / asked
                 if excess > 0.5:
-                    support.strength += weight * (2 * excess - 1)
+                    support.strength += worth * (2 * excess - 1)
                     support.by[probe.family] = support.by.get(probe.family, 0) + 2 * excess - 1
                 if excess > support.unanimity:
                     support.unanimity, support.at = excess, probe.probe
