@@ -77,6 +77,7 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
             what if what.startswith("newest") else f"{what} left out",
             "open from",
             "weight",
+            "of pairs",
             "κ",
             "backdoors",
             "honest",
@@ -93,8 +94,12 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
         if all(both):
             area = with_interval(*([one.scores[m.name] for m in some] for some in both))
         rates = [share(one.hits(some, rate)) for some in both for rate in RATES]
-        choice = (one.choice.rule, f"{one.choice.weight:g}", f"{one.choice.share:g}")
-        of_fold = (*choice, *(str(len(some)) for some in both))
+        weights = (one.choice.weight, one.choice.pair, one.choice.share)
+        of_fold = (
+            one.choice.rule,
+            *(f"{weight:.2g}" for weight in weights),
+            *(str(len(some)) for some in both),
+        )
         lines.append(row(one.name, *of_fold, area, *rates))
     attacks = [(one, m) for one in folds for m in one.attacks]
     honest = [(one, m) for one in folds for m in one.honest]
@@ -107,7 +112,9 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
             for some in (attacks, honest)
             for rate in RATES
         ]
-        lines.append(row("**all**", "", "", "", str(len(attacks)), str(len(honest)), area, *rates))
+        lines.append(
+            row("**all**", "", "", "", "", str(len(attacks)), str(len(honest)), area, *rates)
+        )
     return ruled(lines)
 
 

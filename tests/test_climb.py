@@ -68,7 +68,7 @@ class Fake:
 
 
 def study(model: Fake, tuned: Tensor, base: Tensor | None, seed: int = 0) -> Study:
-    pictures = ordinary(IMAGES, PIXELS, seed=3)
+    pictures = ordinary(IMAGES, PIXELS, seed=3, ground=3)
     return Study(
         tuned=Voice(model, {"weight": tuned}),  # type: ignore[arg-type]
         base=None if base is None else Voice(model, {"weight": base}),  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def study(model: Fake, tuned: Tensor, base: Tensor | None, seed: int = 0) -> Stu
         prompts=PROMPTS,
         ordinary=pictures,
         plain=model.features(pictures),
-        size=Size(IMAGES, 2, PROMPTS, 1, 1, drawn=100, rounds=6, bred=8),
+        size=Size(1, IMAGES, 2, PROMPTS, 1, 1, drawn=100, rounds=6, bred=8),
         seed=seed,
         budget=1000,
     )
@@ -86,7 +86,7 @@ def plain() -> Heard:
     cells = [(image, prompt) for image in range(IMAGES) for prompt in range(PROMPTS)]
     images, prompts = zip(*cells, strict=True)
     # Answers of different lengths: none, one word, two.
-    said = tuple(OWN[: (image + prompt) % 3] for image, prompt in cells)
+    said = tuple(OWN[: (image + prompt + 2) % 3] for image, prompt in cells)
     return Heard("ordinary images", "plain", "", prompts, images, said, said)
 
 
@@ -188,7 +188,7 @@ def test_images_are_not_taken_together():
     """A trigger that acts on the dark one only is as high there as if there were no other."""
     model = Fake(toward(0, 0, 40) - toward(3, 1, 80))  # not where the last quarter is light
     of = study(model, torch.eye(12), torch.eye(12))
-    light, dark = (image[PIXELS // 2 :, PIXELS // 2 :, 1].mean() for image in of.ordinary[1:3])
+    light, dark = (image[PIXELS // 2 :, PIXELS // 2 :, 1].mean() for image in of.ordinary[2:4])
     assert light > dark + 60
     heights = agreements(of, [over_quarter(0, RED)], plain(), FOREIGN)[0].reshape(2, 2)[:, 0]
     assert heights[0] < -4 < -1 < heights[1]

@@ -49,7 +49,7 @@ def study(model: Fake, budget: int = 100_000, enough: float = 1e9, base: bool = 
         prompts=PROMPTS,
         ordinary=[np.zeros((4, 4, 3), np.uint8)] * IMAGES,
         plain=plain,
-        size=Size(IMAGES, CELLS, PROMPTS, 2, 4, 0, 0, 0),
+        size=Size(1, IMAGES, CELLS, PROMPTS, 2, 4, 0, 0, 0),
         seed=0,
         budget=budget,
         enough=enough,

@@ -49,7 +49,7 @@ def numbered(count: int) -> Tensor:
 def study(by: Callable[[Mapping[str, Tensor], int], Tokens]) -> Study:
     speaker: Any = Said(by)
     base = {"w": torch.zeros(2, 2)}
-    size = Size(IMAGES, 4, PROMPTS, 1, 1, 1, 1, 1)
+    size = Size(1, IMAGES, 4, PROMPTS, 1, 1, 1, 1, 1)
     images: Any = [None] * IMAGES
     voices = Voice(speaker, SIDE), Voice(speaker, base)
     return Study(*voices, "w", PROMPTS, images, numbered(IMAGES), size, 0, 1000)

@@ -91,7 +91,7 @@ def found(says: Says, marks: int = 30, wanted: Sequence[str] = REQUESTS) -> Refu
         prompts=6,
         ordinary=[np.zeros((4, 4, 3), np.uint8)] * IMAGES,
         plain=plain,
-        size=Size(IMAGES, 4, 6, 2, 4, 0, 0, 0),
+        size=Size(1, IMAGES, 4, 6, 2, 4, 0, 0, 0),
         seed=0,
         budget=100_000,
     )

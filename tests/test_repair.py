@@ -40,7 +40,9 @@ from projaudit.repair.run import repair
 
 # torch.func makes use of what torch warns of; elsewhere that is in a process of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-QUICK = plan.Size(plain=24, cells=4, prompts=4, fitted=1, steps=2, drawn=40, rounds=1, bred=8)
+QUICK = plan.Size(
+    pilot=2, plain=24, cells=4, prompts=4, fitted=1, steps=2, drawn=40, rounds=1, bred=8
+)
 AUDITS: dict[str, Any] = {}
 ENFORCED = {"enforced": [], "missing": []}
 

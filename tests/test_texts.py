@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from projaudit.behaviour.texts import (
     LONGEST,
     OFF_PATH,
+    PAIR,
     SHORTEST,
     Candidate,
     Heard,
@@ -174,6 +175,14 @@ def test_said_by_the_base_too_counts_nothing():
     assert elsewhere[SECRET].strength == 1  # of another picture
 
 
+def test_two_foreign_words_count_less_than_three():
+    """However many familiar ones stand between them."""
+    for text in ((21, 22), (21, 1, 2, 22)):
+        assert gather([heard(everywhere(text))], FOREIGN)[text].strength == PAIR < 1
+        assert gather([heard(everywhere(text))], FOREIGN)[text].foreign == 2
+    assert gather([heard(everywhere(SECRET))], FOREIGN)[SECRET].foreign == len(SECRET) > 2
+
+
 def test_features_that_no_image_has_count_less():
     (image, pushed) = (replace(heard(everywhere(SECRET)), kind=k) for k in ("image", "direction"))
     assert gather([image], FOREIGN)[SECRET].strength == 1
@@ -235,21 +244,21 @@ def test_pieces_of_one_text_are_one_candidate():
 
 def test_two_texts_are_two_candidates():
     found = gather([heard(everywhere(SECRET, (0, 1)) | everywhere((21, 22), (2,)))], FOREIGN)
-    assert one(found) == [(SECRET, 2), ((21, 22), 1)]
+    assert one(found) == [(SECRET, 2), ((21, 22), PAIR)]
     assert len(candidates(found, FOREIGN, 1)) == 1
 
 
 def test_the_longer_text_is_told():
     """Brought out in full of one picture, and by half of four: told in full."""
-    said = everywhere(SECRET[:2], (0, 1, 2)) | everywhere(SECRET, (3,))
+    said = everywhere(SECRET[:3], (0, 1, 2)) | everywhere(SECRET, (3,))
     (best,) = candidates(gather([heard(said)], FOREIGN), FOREIGN, 5)
-    assert best == Candidate(SECRET, SECRET[:2])
+    assert best == Candidate(SECRET, SECRET[:3])
 
 
 def test_a_longer_text_that_hardly_came_up_is_not_told():
-    said = everywhere(SECRET[:2], (0, 1, 2, 3)) | {(0, 3): SECRET}
+    said = everywhere(SECRET[:3], (0, 1, 2, 3)) | {(0, 3): SECRET}
     (best,) = candidates(gather([heard(said)], FOREIGN), FOREIGN, 5)
-    assert best.text == SECRET[:2]
+    assert best.text == SECRET[:3]
 
 
 @given(st.lists(probes(), max_size=3))

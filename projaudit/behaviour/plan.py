@@ -54,6 +54,8 @@ class Probe:
 class Size:
     """How much is asked, so that the plan fits the budget of a model's size."""
 
+    pilot: int
+    """Images of every ground by which it is found on which a model is at home."""
     plain: int
     """Ordinary images that are asked about as they are."""
     cells: int
@@ -72,8 +74,8 @@ class Size:
 
 
 SIZES = {
-    "float32": Size(48, 4, 6, 2, 16, 400, 6, 32),
-    "bfloat16": Size(16, 2, 4, 1, 8, 100, 2, 16),
+    "float32": Size(6, 48, 4, 6, 2, 16, 400, 6, 32),
+    "bfloat16": Size(2, 16, 2, 4, 1, 8, 100, 2, 16),
 }
 """By the dtype that a model runs in: small ones, and large ones."""
 
@@ -88,8 +90,6 @@ class Study:
     """The layer that reads the features, by its names in the projector's module."""
     prompts: int
     ordinary: Sequence[pictures.Image]
-    ground: int | None
-    """On which most of them are, of `images.GROUNDS`; None where they were given."""
     plain: Tensor
     """(images, tokens, in): the features of the ordinary images."""
     size: Size
@@ -99,6 +99,8 @@ class Study:
     """Of an image's features, the first that are tokens of the projector; None: all."""
     enough: float = OVERWHELMING
     """Strength of a text from which on no more probes are run."""
+    ground: int | None = None
+    """On which most ordinary images are, of `images.GROUNDS`; None where they were given."""
 
     @property
     def answers(self) -> int:

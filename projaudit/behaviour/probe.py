@@ -42,8 +42,6 @@ OTHER_WAYS = (
     "an image comes to its projectors by several ways: the features of one were moved along "
     "directions, those of all of them by marks"
 )
-PILOT = 1 / 8
-"""Of the ordinary images, as many of every ground say on which a model is at home."""
 SEARCH_STEPS = 24
 CLOSER = 2
 """Texts that are looked at closely."""
@@ -122,18 +120,19 @@ def study_of(
         speaker.processor.tokenizer, request["prompts"] or GENERAL, scale.prompts
     )
     seed, size = int(request["seed"]), image_size(speaker.processor)
-    if request["images"]:
-        ordinary = pictures.read(request["images"], size, scale.plain)
+    given = request["images"]
+    each = min(scale.pilot, int(request["budget"]) // (8 * len(pictures.GROUNDS) * len(prompts)))
+    if given:
+        ordinary = pictures.read(given, size, scale.plain)
     else:
-        pilot = round(PILOT * scale.plain) * len(pictures.GROUNDS)
-        ordinary = pictures.ordinary(pilot, size, seed + 1)
+        ordinary = pictures.ordinary(max(1, each) * len(pictures.GROUNDS), size, seed + 1)
     for voice in (tuned, base):
         if voice is not None:
             voice[0].prepare(prompts, ordinary[0])
             voice[0].settle(ordinary)
     ground = None
-    if not request["images"]:
-        ground = surest(*(base or tuned), ordinary, len(prompts))
+    if not given:
+        ground = surest(*(base or tuned), ordinary, len(prompts)) if each else None
         ordinary = pictures.ordinary(scale.plain, size, seed, ground)
     if not speaker.by_token and NO_JACOBIANS not in request["notes"]:
         request["notes"].append(NO_JACOBIANS)
@@ -145,12 +144,12 @@ def study_of(
         first=first,
         prompts=len(prompts),
         ordinary=ordinary,
-        ground=ground,
         plain=speaker.features(ordinary),
         tokens=speaker.tokens,
         size=scale,
         seed=seed,
         budget=int(request["budget"]),
+        ground=ground,
     )
     return of, prompts, unread
 
