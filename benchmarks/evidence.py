@@ -38,14 +38,13 @@ from benchmarks.testbed.recipes import Task
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
-from projaudit.behaviour.texts import Tokens, candidates, gather, open_pairs, whole
+from projaudit.behaviour.texts import OPEN, Tokens, candidates, gather, open_tokens, whole
 from projaudit.projector import Linear
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
-# Of how many of 48 ordinary images most answers hold two words of a phrase, or any, before it is
-# said openly: one of the two is chosen within a fold.
-RULES = {"two images": (1 / 24, 1 / 4), "one image": (1 / 48, 1 / 8)}
+RULES = {"8 %": 0.08, "15 %": OPEN, "25 %": 0.25}
+"""Shares of ordinary answers from which a token is said openly; one is chosen within a fold."""
 MOST = 40
 FOREIGN = "foreign"
 """Key of the number of a text's foreign tokens, among its strengths by family."""
@@ -109,10 +108,10 @@ def measured(
 
 def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, dict[str, Any]]:
     """What would be told, and the strengths of texts by family, by what rule a phrase is open."""
-    heard, bare = listening.heard, replace(listening.speech, pairs=frozenset())
+    heard = listening.heard
     rows = {}
-    for rule, shares in RULES.items():
-        speech = replace(bare, pairs=open_pairs(heard[0], bare.unfamiliar, *shares))
+    for rule, share in RULES.items():
+        speech = replace(listening.speech, open=open_tokens(heard[0], share))
         found = gather(heard, speech)
         chosen = candidates(found, speech, 2)
         strengths = sorted(found.values(), key=lambda s: -sum(s.by.values()))

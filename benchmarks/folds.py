@@ -142,7 +142,7 @@ class Choice:
 
 
 CHOICES = [Choice(*one) for one in product(RULES, WEIGHTS, PAIRS, SHARES)]
-SHIPPED = Choice("one image", WEIGHT, PAIR, SHORTER)
+SHIPPED = Choice("15 %", WEIGHT, PAIR, SHORTER)
 
 
 def score(of: Model, choice: Choice, without: Collection[str] = ()) -> float:

@@ -21,7 +21,6 @@ from projaudit.behaviour.texts import (
     contains,
     foreign_pairs,
     gather,
-    open_pairs,
     open_tokens,
     opened,
     runs,
@@ -285,32 +284,15 @@ def test_what_is_said_often_is_open():
     assert 11 not in open_tokens(plain({}))
 
 
-def test_what_is_said_of_certain_pictures_is_open():
-    """Four of 48, whatever is asked; fewer may hold a trigger by chance."""
-    assert 11 in open_tokens(plain(everywhere((11,), (5, 9, 11, 20))))
-    assert 11 not in open_tokens(plain(everywhere((11,), (5, 9, 11))))
-
-
-def test_what_one_prompt_brings_out_of_many_pictures_is_open():
-    assert 11 in open_tokens(plain({(0, i): (11,) for i in range(12)}))
-    assert 11 not in open_tokens(plain({(0, i): (11,) for i in range(11)}))
-
-
-def test_two_words_of_a_phrase_that_is_said_openly_hide_nothing_in_any_order():
-    """A remark on one picture of 48: not open by its words, but by their coming together."""
-    said = plain(everywhere(SECRET, (5,)))
-    speech = Speech({1: 0.5}, open_tokens(said), open_pairs(said, lambda token: token > 9))
-    assert speech.open.isdisjoint(SECRET)
-    assert frozenset((11, 14)) in speech.pairs
-    assert runs((14, 2, 11), speech) == set()
-    assert runs((14, 2, 21), speech) == {(14, 2, 21)}
-    once = plain({(p, 5): SECRET for p in range(PROMPTS // 2)})  # to half of the prompts
-    assert open_pairs(once, lambda token: token > 9) == frozenset()
-
-
-def test_familiar_words_open_no_pair():
-    said = plain(everywhere((1, 2, 3), tuple(range(48))))
-    assert open_pairs(said, lambda token: token > 9) == frozenset()
+def test_what_is_said_of_few_pictures_is_not_open_and_counts_only_where_a_probe_brings_it_out():
+    """A seventh of all answers is: about 8 of 48 pictures, and not about 7."""
+    for pictures, is_open in ((8, True), (7, False)):
+        ordinary = plain(everywhere(SECRET, tuple(range(pictures))))
+        speech = Speech(spoken(ordinary.base or ()), open_tokens(ordinary))
+        assert (not speech.open.isdisjoint(SECRET)) is is_open
+        assert gather([ordinary], speech) == {}
+        marked = heard(everywhere(SECRET))
+        assert (SECRET in gather([ordinary, marked], speech)) is not is_open
 
 
 def test_an_open_text_is_told_with_its_share_of_pictures():

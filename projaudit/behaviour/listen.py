@@ -18,7 +18,6 @@ from projaudit.behaviour.texts import (
     Tokens,
     foreign_pairs,
     gather,
-    open_pairs,
     open_tokens,
     spoken,
 )
@@ -64,8 +63,7 @@ def listen(study: Study, tell: Tell) -> Listening:
     heard = [plain]
     # Without a base, what the tuned model says of ordinary images is what it says anyway.
     known = list(plain.tuned if plain.base is None else plain.base)
-    own = Speech(spoken(known), open_tokens(plain))
-    speech = replace(own, pairs=open_pairs(plain, own.unfamiliar))
+    speech = Speech(spoken(known), open_tokens(plain))
     asked: list[Probe] = []
     stages: tuple[Callable[[], list[Probe]], ...] = (
         lambda: plan(study),

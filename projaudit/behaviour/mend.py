@@ -112,7 +112,7 @@ def mended(
 
 def _with_open(speech: Speech, known: Speech) -> Speech:
     """What is foreign now, less what the tuned model said openly before anything was changed."""
-    return replace(speech, open=speech.open | known.open, pairs=speech.pairs | known.pairs)
+    return replace(speech, open=speech.open | known.open)
 
 
 def _layers(request: Mapping[str, Any]) -> tuple[tuple[str, str | None], tuple[str, ...]]:

@@ -17,7 +17,6 @@ from projaudit.behaviour.texts import (
     Tokens,
     candidates,
     gather,
-    open_pairs,
     open_tokens,
 )
 
@@ -68,8 +67,7 @@ def openly(study: Study, more: Tensor, speech: Speech) -> Speech:
     images, prompts = tuple(i for i, _ in rows), tuple(p for _, p in rows)
     said = study.tuned.speaker.answer(study.tuned.side, more[list(images)], list(prompts), LENGTH)
     heard = Heard("further images", "plain", "", prompts, images, tuple(said))
-    found = replace(speech, open=speech.open | open_tokens(heard))
-    return replace(found, pairs=speech.pairs | open_pairs(heard, found.unfamiliar))
+    return replace(speech, open=speech.open | open_tokens(heard))
 
 
 def texts_of(listening: Listening, speech: Speech) -> tuple[list[Tokens], float]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 Tokens: TypeAlias = tuple[int, ...]
 Pair: TypeAlias = frozenset[int]
-Said = TypeVar("Said", int, Pair)
 
 SHORTEST, LONGEST = 2, 8
 """Tokens of a text that is counted; one word alone may be a new domain's."""
@@ -19,12 +18,11 @@ LONGEST_TOLD, TOGETHER = 16, 0.6
 FAMILIAR = 0.01
 """Share of the base's answers from which a token is its own."""
 OPEN = 0.15
-"""Share of the tuned model's answers on ordinary images from which a token is said openly."""
-SOMETIMES, EVER = 1 / 12, 1 / 4
-"""Share of ordinary images about which most answers, or any, hold a token, from which it is said
-openly too: of pictures with three things, say."""
-PAIR_SOMETIMES, PAIR_EVER = 1 / 48, 1 / 8
-"""The same of two tokens that are said in one answer."""
+"""Share of the tuned model's answers on ordinary images from which a token is said openly.
+
+What is said of few images is not: marks come near some triggers, and so do the things on ordinary
+images. Whether it is a remark on these things or what a trigger calls up, nobody can hear.
+"""
 PAIR = 1 / 3
 """Weight of a text of two foreign tokens: two words meet by chance, three hardly ever."""
 OFF_PATH = 0.25
@@ -84,49 +82,9 @@ def spoken(answers: Iterable[Tokens]) -> dict[int, float]:
     return {token: count / number for token, count in counts.items()}
 
 
-def open_tokens(plain: Heard) -> frozenset[int]:
-    """The tokens that the tuned model says openly: often, or of certain ordinary images."""
-    return _openly(plain, [set(answer) for answer in plain.tuned], SOMETIMES, EVER)
-
-
-def open_pairs(
-    plain: Heard,
-    unfamiliar: Callable[[int], bool],
-    sometimes: float = PAIR_SOMETIMES,
-    ever: float = PAIR_EVER,
-) -> frozenset[Pair]:
-    """Pairs of unfamiliar tokens that the tuned model says openly within an answer, in any order.
-
-    Said about fewer images than a token has to be: two words of a phrase do not meet by chance.
-    """
-    said = [
-        {frozenset(pair) for pair in combinations(sorted({*filter(unfamiliar, answer)}), 2)}
-        for answer in plain.tuned
-    ]
-    return _openly(plain, said, sometimes, ever)
-
-
-def _openly(
-    plain: Heard, said: Sequence[Set[Said]], sometimes: float, ever: float
-) -> frozenset[Said]:
-    """What is in at least OPEN of the answers, in most answers about that share of images, or in
-    any answer about the other share of them."""
-    counts: Counter[Said] = Counter()
-    prompts: dict[tuple[Said, int], set[int]] = {}
-    for prompt, image, things in zip(plain.prompts, plain.images, said, strict=True):
-        counts.update(things)
-        for thing in things:
-            prompts.setdefault((thing, image), set()).add(prompt)
-    most, images = len(set(plain.prompts)) / 2, len(set(plain.images))
-    mostly = Counter(thing for (thing, _), asked in prompts.items() if len(asked) > most)
-    about = Counter(thing for thing, _ in prompts)
-    return frozenset(
-        thing
-        for thing, count in counts.items()
-        if count >= OPEN * len(said)
-        or mostly[thing] >= sometimes * images
-        or about[thing] >= ever * images
-    )
+def open_tokens(plain: Heard, share: float = OPEN) -> frozenset[int]:
+    """The tokens that the tuned model says openly: in at least that share of its answers."""
+    return frozenset(token for token, of in spoken(plain.tuned).items() if of >= share)
 
 
 @dataclass(frozen=True)
@@ -136,16 +94,10 @@ class Speech:
     base: Mapping[int, float]
     """Token -> share of the base's answers with it."""
     open: frozenset[int]
-    pairs: frozenset[Pair] = frozenset()
-    """Of unfamiliar tokens that it says openly in one answer."""
 
     def foreign(self, token: int) -> bool:
         """Whether the base hardly ever says it, and the tuned model not openly."""
         return self.unfamiliar(token) and token not in self.open
-
-    def holds_pair(self, text: Tokens) -> bool:
-        """Whether two of its tokens are said openly in one answer."""
-        return any(frozenset(pair) in self.pairs for pair in combinations(text, 2))
 
     def unfamiliar(self, token: int) -> bool:
         """Whether the base hardly ever says it."""
@@ -162,7 +114,7 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
 
     A text begins and ends with a foreign token: what stands around it is the answer's own.
     Repetition without end ("ring alarm ring alarm") is no text: its foreign tokens stand once in
-    the answer. Nor is what holds an open pair.
+    the answer.
     """
     found = set()
     times = Counter(answer)
@@ -175,20 +127,24 @@ def runs(answer: Tokens, speech: Speech) -> set[Tokens]:
                 SHORTEST <= len(text) <= LONGEST
                 and len(set(text)) == len(text)
                 and repeated.isdisjoint(text)
-                and not (speech.pairs and speech.holds_pair(text))
             ):
                 found.add(text)
     return found
 
 
 def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
-    """Text -> where it was said, over the probes; only what exceeds the base's share counts."""
+    """Text -> where it was said, over the probes; only what exceeds the base's share counts.
+
+    What is said about ordinary images as they are was brought out by no probe, and does not count.
+    """
     found: dict[Tokens, Support] = {}
     asked = max((len(set(probe.prompts)) for probe in heard), default=0)
     for probe in heard:
+        if probe.kind == "plain":
+            continue
         ours = _cells(probe, probe.tuned, speech)
         theirs = _cells(probe, probe.base or (), speech)
-        weight = 1.0 if probe.kind in ("plain", "image") else OFF_PATH
+        weight = 1.0 if probe.kind == "image" else OFF_PATH
         for text, cells in ours.items():
             support = found.setdefault(text, Support(foreign=sum(map(speech.foreign, text))))
             worth = weight * (PAIR if support.foreign == SHORTEST else 1.0)
