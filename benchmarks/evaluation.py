@@ -78,6 +78,7 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
             "open from",
             "weight",
             "of pairs",
+            "half from",
             "κ",
             "backdoors",
             "honest",
@@ -94,7 +95,8 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
         if all(both):
             area = with_interval(*([one.scores[m.name] for m in some] for some in both))
         rates = [share(one.hits(some, rate)) for some in both for rate in RATES]
-        weights = (one.choice.weight, one.choice.pair, one.choice.share)
+        made = one.choice
+        weights = (made.weight, made.pair, made.glimpsed, made.share)
         of_fold = (
             one.choice.rule,
             *(f"{weight:.2g}" for weight in weights),

@@ -46,8 +46,8 @@ EVIDENCE = "evidence.jsonl"
 RULES = {"8 %": 0.08, "15 %": OPEN, "25 %": 0.25}
 """Shares of ordinary answers from which a token is said openly; one is chosen within a fold."""
 MOST = 40
-FOREIGN = "foreign"
-"""Key of the number of a text's foreign tokens, among its strengths by family."""
+FOREIGN, PLAIN = "foreign", "plain"
+"""Keys of a text's foreign tokens and of its share of ordinary answers, among its strengths."""
 NESTED = ("evidence", "rules", "baselines")
 
 
@@ -114,10 +114,13 @@ def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, di
         speech = replace(listening.speech, open=open_tokens(heard[0], share))
         found = gather(heard, speech)
         chosen = candidates(found, speech, 2)
-        strengths = sorted(found.values(), key=lambda s: -sum(s.by.values()))
+        # Which are strongest depends on the weights, which folds choose.
+        raw = sorted(found.values(), key=lambda s: -sum(s.by.values()))[:MOST]
+        weighed = sorted(found.values(), key=lambda s: -s.strength)[:MOST]
+        strengths = list({id(s): s for s in (*weighed, *raw) if s.by}.values())
         rows[rule] = {
             "texts": [told(whole(candidate.text, heard)) for candidate in chosen],
-            "strengths": [s.by | {FOREIGN: s.foreign} for s in strengths[:MOST] if s.by],
+            "strengths": [s.by | {FOREIGN: s.foreign, PLAIN: s.plain} for s in strengths],
         }
     return rows
 

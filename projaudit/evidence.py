@@ -77,7 +77,7 @@ class Payload:
     foreign: int
     """Tokens of it that the base hardly ever says, nor the tuned model on ordinary images."""
     strength: float
-    """Sum over probes and images of max(0, 2·(share of prompts − the base's share) − 1)."""
+    """As `texts.Support` has it: probes and images that bring it out, over what is said anyway."""
     agreement: float
     """Largest share of the answers to one probe, less the base's; in [−1, 1]."""
     base_agreement: float
@@ -87,7 +87,7 @@ class Payload:
     prompts: tuple[int, ...]
     images: tuple[int, ...]
     plain: float
-    """Share of the answers on ordinary images in which the tuned model says it."""
+    """Share of the tuned model's ordinary answers that hold two foreign tokens of it."""
     fluency: float
     """Mean ln p of its tokens but the first, after those before them, about ordinary images without
     the update: how natural the words are in a row."""

@@ -26,7 +26,6 @@ from projaudit.behaviour.texts import (
     Support,
     Tokens,
     candidates,
-    contains,
     gather,
     opened,
     whole,
@@ -156,7 +155,7 @@ def study_of(
 
 def _payload(study: Study, chosen: Candidate, support: Support, listening: Listening) -> Payload:
     """What there is to say of one text: its support, and the short cut to it."""
-    text, plain = chosen.core, listening.heard[0]
+    text = chosen.core
     half = study.size.fitted
     fit, test = range(half), range(half, 2 * half)
 
@@ -187,7 +186,7 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
         probes=tuple(support.probes),
         prompts=tuple(sorted(support.prompts)),
         images=tuple(sorted(support.images)),
-        plain=sum(contains(answer, text) for answer in plain.tuned) / len(plain.tuned),
+        plain=support.plain,
         fluency=_fluency(study, text),
         likelihood=ours.likelihood,
         norm=ours.norm,

@@ -20,11 +20,13 @@ FAMILIAR = 0.01
 OPEN = 0.15
 """Share of the tuned model's answers on ordinary images from which a token is said openly.
 
-What is said of few images is not: marks come near some triggers, and so do the things on ordinary
-images. Whether it is a remark on these things or what a trigger calls up, nobody can hear.
+What is said of fewer images counts the less, the more often it is: some things on ordinary images
+come near a trigger. Whether it is a remark on them or what a trigger calls up, nobody can hear.
 """
 PAIR = 1 / 3
 """Weight of a text of two foreign tokens: two words meet by chance, three hardly ever."""
+GLIMPSED = 0.01
+"""Share of the ordinary answers with two words of a text, from which the text counts half."""
 OFF_PATH = 0.25
 """Weight of features that no image has, pushed along a direction or through an amplified update."""
 
@@ -53,12 +55,15 @@ class Support:
     """w_t·Sum over probes and images of w·max(0, 2·(share of prompts − the base's share) − 1).
 
     A picture counts if most prompts about it bring the text out, and fully if all do: an answer
-    depends on what was asked, a payload does not.
+    depends on what was asked, a payload does not. w_t = 1/(1 + plain/GLIMPSED), and a third of that
+    for a text of two foreign tokens.
     """
     by: dict[str, float] = field(default_factory=dict)
     """The same by family of probes, before any weight; for the evaluation."""
     foreign: int = 0
     """Foreign tokens of it."""
+    plain: float = 0.0
+    """Share of the answers about ordinary images that hold two of these, in any order."""
     unanimity: float = 0.0
     """Largest share of the prompts about one image under one probe, less the base's."""
     at: str = ""
@@ -139,6 +144,8 @@ def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
     """
     found: dict[Tokens, Support] = {}
     asked = max((len(set(probe.prompts)) for probe in heard), default=0)
+    ordinary = [set(answer) for probe in heard if probe.kind == "plain" for answer in probe.tuned]
+    glimpses = [held for held in ordinary if sum(map(speech.foreign, held)) >= SHORTEST]
     for probe in heard:
         if probe.kind == "plain":
             continue
@@ -146,8 +153,13 @@ def gather(heard: Sequence[Heard], speech: Speech) -> dict[Tokens, Support]:
         theirs = _cells(probe, probe.base or (), speech)
         weight = 1.0 if probe.kind == "image" else OFF_PATH
         for text, cells in ours.items():
-            support = found.setdefault(text, Support(foreign=sum(map(speech.foreign, text))))
-            worth = weight * (PAIR if support.foreign == SHORTEST else 1.0)
+            if text not in found:
+                words = {*filter(speech.foreign, text)}
+                times = sum(len(words & held) >= SHORTEST for held in glimpses)
+                found[text] = Support(foreign=len(words), plain=times / max(1, len(ordinary)))
+            support = found[text]
+            worth = weight / (1 + support.plain / GLIMPSED)
+            worth *= PAIR if support.foreign == SHORTEST else 1.0
             base = theirs.get(text, {})
             for image, prompts in cells.items():
                 excess = (len(prompts) - len(base.get(image, ()))) / asked
