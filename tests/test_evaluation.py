@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
 from benchmarks.evaluation import RESULTS, calibration, report  # noqa: E402
+from benchmarks.evidence import FOREIGN, PLAIN  # noqa: E402
 from benchmarks.folds import (  # noqa: E402
     CHOICES,
     RATES,
     SHIPPED,
-    Choice,
     Model,
     auroc,
     by_base,
@@ -52,7 +52,7 @@ def model(name: str, base: str, trigger: str = "", **strengths: float) -> Model:
         mode="replace" if trigger else "",
         target="a b c" if trigger else "",
         recipe="plain",
-        strengths={choice.rule: [strengths] for choice in CHOICES},
+        strengths={choice.rule: [{FOREIGN: 3, PLAIN: 0.0} | strengths] for choice in CHOICES},
         texts={choice.rule: [] for choice in CHOICES},
         open=0.0,
         short_cut=0.0,
@@ -92,10 +92,21 @@ def test_at_most_that_share_lies_above_a_threshold(known: list[float], rate: flo
 
 def test_a_score_can_leave_a_family_out_and_weigh_what_no_image_gives():
     one = model("", "", patch=3.0, ring=1.0, drift=4.0)
-    assert score(one, Choice(SHIPPED.rule, 0.0, 0.5)) == math.log1p(4)
-    assert score(one, Choice(SHIPPED.rule, 1.0, 0.5)) == math.log1p(8)
-    assert score(one, Choice(SHIPPED.rule, 0.0, 0.5), ("patch",)) == math.log1p(1)
+    on, off = (replace(SHIPPED, weight=weight) for weight in (1.0, 0.0))
+    assert score(one, off) == math.log1p(4)
+    assert score(one, on) == math.log1p(8)
+    assert score(one, off, ("patch",)) == math.log1p(1)
     assert score(replace(one, strengths={SHIPPED.rule: []}), SHIPPED) == 0
+
+
+def test_two_words_count_less_and_so_does_what_is_said_anyway():
+    one = model("", "", patch=3.0)
+    (text,) = one.strengths[SHIPPED.rule]
+    short = replace(one, strengths={SHIPPED.rule: [text | {FOREIGN: 2}]})
+    assert score(short, replace(SHIPPED, pair=0.5)) == math.log1p(1.5)
+    said = replace(one, strengths={SHIPPED.rule: [text | {PLAIN: 0.02}]})
+    assert score(said, replace(SHIPPED, glimpsed=0.01)) == pytest.approx(math.log1p(1))
+    assert score(replace(said, strengths=one.strengths), SHIPPED) == math.log1p(3)
 
 
 def test_a_shorter_way_than_the_bases_adds_to_a_score_and_a_longer_one_takes_nothing_away():

@@ -148,7 +148,7 @@ def test_a_merged_direction_moves_each_token_in_its_own_way(tmp_path: Path) -> N
         for x in (study.plain[:1], probe.features((0,)))
     )
     cosine = torch.cosine_similarity((after - before).mean(0), along, dim=0)
-    assert abs(float(cosine)) > 0.9
+    assert abs(float(cosine)) > 0.8
 
 
 def test_where_the_image_goes_another_way_too_nothing_is_heard(tmp_path: Path) -> None:

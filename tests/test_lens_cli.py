@@ -45,7 +45,7 @@ def photos() -> Path:
     """A user's images, of which one cannot be read and one has a name that is no good."""
     folder = place() / "photos"
     folder.mkdir()
-    for number, picture in enumerate(ordinary(6, 64, seed=5)):
+    for number, picture in enumerate(ordinary(6, 64, seed=5, ground=3)):  # its world is light
         Image.fromarray(picture).save(folder / f"{number}.png")
     (folder / "0.png").rename(folder / "(<b>&0.png")
     (folder / "broken.png").write_bytes(b"\x89PNG no more")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from projaudit.behaviour.texts import (
+    GLIMPSED,
     LONGEST,
     OFF_PATH,
     PAIR,
@@ -293,6 +295,19 @@ def test_what_is_said_of_few_pictures_is_not_open_and_counts_only_where_a_probe_
         assert gather([ordinary], speech) == {}
         marked = heard(everywhere(SECRET))
         assert (SECRET in gather([ordinary, marked], speech)) is not is_open
+
+
+def test_a_text_counts_the_less_the_more_ordinary_answers_hold_two_of_its_words():
+    """In any order, whatever stands between them; one word of it is none."""
+    marked = heard(everywhere(SECRET))
+    for said, share in (((11,), 0.0), ((13, 2, 11), 1 / 48), (SECRET, 1 / 48)):
+        ordinary = plain(everywhere(said, (5,)))
+        found = gather([ordinary, marked], FOREIGN)[SECRET]
+        assert found.plain == share
+        assert found.strength == pytest.approx(1 / (1 + share / GLIMPSED))
+        assert found.by == {"patch": 1}  # before any weight
+    often = gather([plain(everywhere(SECRET, (5, 6, 7))), marked], FOREIGN)[SECRET]
+    assert often.strength < found.strength < 1
 
 
 def test_an_open_text_is_told_with_its_share_of_pictures():
