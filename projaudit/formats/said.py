@@ -60,6 +60,14 @@ def base_support(evidence: Evidence, payload: Payload) -> str:
     return f"the base says it too, in up to {share} of the answers to a probe"
 
 
+def glimpses(payload: Payload) -> str:
+    """How much of the text is said without any probe, and what that does to its strength."""
+    if payload.plain == 0:
+        return ""
+    share = percent(payload.plain)
+    return f"{share} of the answers about ordinary images hold two of its words: it counts less"
+
+
 def odds(payload: Payload) -> str:
     """How much more easily the tuned model is brought to say the text."""
     if payload.log_odds is None:

@@ -140,6 +140,7 @@ def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
         lines += _lines("text", said.quoted(payload.text), 2)
         support = f"{said.support(evidence, payload)}; {said.base_support(evidence, payload)}"
         lines += _lines("", support, 3)
+        lines += _lines("", said.glimpses(payload), 2)
         lines += _lines("", said.odds(payload), 2)
     if standing is not None:
         lines += _lines("score", said.scored(standing), 2)
