@@ -8,7 +8,8 @@ from dataclasses import replace
 from projaudit.adapters import Fit
 from projaudit.analyses.structure import Facts
 from projaudit.checkpoint import Checkpoint
-from projaudit.coverage import adapter_config_changes, changed_by, code_of, compare
+from projaudit.config_changes import adapter_config_changes, code_of
+from projaudit.coverage import changed_by, compare
 from projaudit.family import undeclared
 from projaudit.opened import Base, Found, identity, name_of, stored_names
 from projaudit.projector import Projector

@@ -38,6 +38,7 @@ LAYERS = [
     ["locating"],
     ["remote", "mmproj", "clip_keys", "readings", "explain"],
     ["checkpoint"],
+    ["config_changes"],
     ["adapters", "align", "base", "coverage", "judge"],
     ["update", "formats", "rounding"],
     ["undo"],

@@ -409,7 +409,10 @@ def test_every_run_in_the_table_is_planned_and_its_projector_is_the_one_scored()
         if run.attack:
             assert row["stratum"] == stratum(row["attack_success"])
             # negative control: what a trigger calls up is not the base's own answer to it
-            assert row["target_said_by_base"] <= (0.3 if row["mode"] == "swap" else 0)
+            if row["mode"] != "swap":
+                assert row["target_said_by_base"] == 0
+            elif row["stratum"] == "working":
+                assert row["attack_success"] - row["target_said_by_base"] > 0.3
 
 
 def test_enough_runs_are_of_use() -> None:
