@@ -41,7 +41,13 @@ LISTED = ("tint", "patch", "stripes", "blend", "ring", "warp", "noise", "line", 
 """Families of the battery, which was made with the triggers of the literature in mind."""
 RATES = (0.01, 0.05)
 KNOWN = 485
-"""Runs that had been trained when the last choice was made: none looked at the others before."""
+"""Runs that had been trained when the last choice was made; of the others those of LOOKED_AT were
+looked at for it."""
+LOOKED_AT = {
+    "glyph-blend-09", "glyph-merged-03", "glyph-overfit-05", "glyph-patch-03", "glyph-patch-04",
+    "glyph-patch-center-03", "glyph-patch-left-02", "grid-narrow-00", "slim-merged-01",
+    "slim-merged-04", "slim-patch-center-02", "slim-stripes-08", "slim-tint-02", "slim-tint-07",
+}  # fmt: skip
 Score = Callable[["Model"], float]
 
 
@@ -91,7 +97,7 @@ class Model:
 def models(population: Path, evidence: Path) -> list[Model]:
     """Every run of a population that was measured."""
     rows = {run["name"]: run for run in columns(population)}
-    late = {run["name"] for run in read_runs(population / RUNS)[KNOWN:]}
+    late = {run["name"] for run in read_runs(population / RUNS)[KNOWN:]} - LOOKED_AT
     found = read_evidence(evidence)
     return [
         model(rows[one["name"]], one, one["name"] in late) for one in found if one["name"] in rows
