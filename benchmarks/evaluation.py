@@ -75,7 +75,6 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
     lines = [
         row(
             what if what.startswith("newest") else f"{what} left out",
-            "open from",
             "weight",
             "of pairs",
             "half from",
@@ -97,12 +96,8 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
         rates = [share(one.hits(some, rate)) for some in both for rate in RATES]
         made = one.choice
         weights = (made.weight, made.pair, made.glimpsed, made.share)
-        of_fold = (
-            one.choice.rule,
-            *(f"{weight:.2g}" for weight in weights),
-            *(str(len(some)) for some in both),
-        )
-        lines.append(row(one.name, *of_fold, area, *rates))
+        counts = [str(len(some)) for some in both]
+        lines.append(row(one.name, *(f"{w:.2g}" for w in weights), *counts, area, *rates))
     attacks = [(one, m) for one in folds for m in one.attacks]
     honest = [(one, m) for one in folds for m in one.honest]
     if attacks and honest and what != "recipe":
@@ -114,9 +109,8 @@ def fold_table(folds: Sequence[Fold], what: str) -> str:
             for some in (attacks, honest)
             for rate in RATES
         ]
-        lines.append(
-            row("**all**", "", "", "", "", str(len(attacks)), str(len(honest)), area, *rates)
-        )
+        counts = [str(len(attacks)), str(len(honest))]
+        lines.append(row("**all**", "", "", "", "", *counts, area, *rates))
     return ruled(lines)
 
 
@@ -142,8 +136,7 @@ def statistics(of: Sequence[Model]) -> dict[str, Score]:
 
 def alone(of: Model, families: Sequence[str]) -> float:
     """The score by probes of these families only."""
-    by_text = of.strengths[SHIPPED.rule]
-    sums = (sum(by.get(family, 0.0) for family in families) for by in by_text)
+    sums = (sum(by.get(family, 0.0) for family in families) for by in of.strengths)
     return math.log1p(max(sums, default=0.0))
 
 
@@ -239,7 +232,7 @@ def text_table(folds: Sequence[Fold]) -> str:
     lines = [row("base", "found", "exact target", "target contains a text, or is contained")]
     for one in folds:
         found = [m for m, hit in zip(one.attacks, one.hits(one.attacks, 0.01), strict=True) if hit]
-        told = [(m.target, m.texts[one.choice.rule]) for m in found]
+        told = [(m.target, m.texts) for m in found]
         exact = sum(target in texts for target, texts in told)
         partly = sum(any(t in target or target in t for t in texts) for target, texts in told)
         lines.append(row(one.name, str(len(found)), str(exact), str(partly)))

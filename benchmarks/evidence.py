@@ -38,17 +38,15 @@ from benchmarks.testbed.recipes import Task
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
-from projaudit.behaviour.texts import OPEN, Tokens, candidates, gather, open_tokens, whole
+from projaudit.behaviour.texts import Tokens, candidates, gather, whole
 from projaudit.projector import Linear
 
 BUDGET = 20_000
 EVIDENCE = "evidence.jsonl"
-RULES = {"8 %": 0.08, "15 %": OPEN, "25 %": 0.25}
-"""Shares of ordinary answers from which a token is said openly; one is chosen within a fold."""
 MOST = 40
 FOREIGN, PLAIN = "foreign", "plain"
 """Keys of a text's foreign tokens and of its share of ordinary answers, among its strengths."""
-NESTED = ("evidence", "rules", "baselines")
+NESTED = ("evidence", "texts", "strengths", "baselines")
 
 
 def measure(population: Path, out: Path, prompts: str, images: str, jobs: int) -> None:
@@ -96,7 +94,7 @@ def measured(
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time() - spent, 1),
         "evidence": heard,
-        "rules": by_rule(kept[0], partial(words, speaker)),
+        **weighed(kept[0], partial(words, speaker)),
         "baselines": baselines(*base_model(base_name), tuned, base, request["seed"]),
     }
     file = out / "heard" / f"{name}.pkl.gz"
@@ -106,23 +104,18 @@ def measured(
     return row
 
 
-def by_rule(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, dict[str, Any]]:
-    """What would be told, and the strengths of texts by family, by what rule a phrase is open."""
-    heard = listening.heard
-    rows = {}
-    for rule, share in RULES.items():
-        speech = replace(listening.speech, open=open_tokens(heard[0], share))
-        found = gather(heard, speech)
-        chosen = candidates(found, speech, 2)
-        # Which are strongest depends on the weights, which folds choose.
-        raw = sorted(found.values(), key=lambda s: -sum(s.by.values()))[:MOST]
-        weighed = sorted(found.values(), key=lambda s: -s.strength)[:MOST]
-        strengths = list({id(s): s for s in (*weighed, *raw) if s.by}.values())
-        rows[rule] = {
-            "texts": [told(whole(candidate.text, heard)) for candidate in chosen],
-            "strengths": [s.by | {FOREIGN: s.foreign, PLAIN: s.plain} for s in strengths],
-        }
-    return rows
+def weighed(listening: Listening, told: Callable[[Tokens], str]) -> dict[str, Any]:
+    """The texts that would be told; the strengths of the loudest by family, before any weight."""
+    found = gather(listening.heard, listening.speech)
+    # Which are loudest depends on the weights, which folds choose.
+    raw = sorted(found.values(), key=lambda s: -sum(s.by.values()))[:MOST]
+    shipped = sorted(found.values(), key=lambda s: -s.strength)[:MOST]
+    loudest = {id(s): s for s in (*shipped, *raw) if s.by}.values()
+    chosen = candidates(found, listening.speech, 2)
+    return {
+        "texts": [told(whole(candidate.text, listening.heard)) for candidate in chosen],
+        "strengths": [s.by | {FOREIGN: s.foreign, PLAIN: s.plain} for s in loudest],
+    }
 
 
 def pack(out: Path, file: Path) -> None:

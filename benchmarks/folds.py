@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence import FOREIGN, PLAIN, RULES, read_evidence
+from benchmarks.evidence import FOREIGN, PLAIN, read_evidence
 from benchmarks.population.build import RUNS
 from benchmarks.population.table import columns
 from benchmarks.testbed.export import read_runs
@@ -65,11 +65,11 @@ class Model:
     target: str
     recipe: str
     """Of an attack: `low rank`, `with a greeting`, `with a remark` or `plain`."""
-    strengths: Mapping[str, Sequence[Mapping[str, float]]]
-    """By rule of what is said openly, of each text: by family of probes; its foreign tokens, and
-    the share of ordinary answers with two of them."""
-    texts: Mapping[str, Sequence[str]]
-    """The two that would be told, by the same rule."""
+    strengths: Sequence[Mapping[str, float]]
+    """Of each text: by family of probes; its foreign tokens, and the share of ordinary answers with
+    two of them."""
+    texts: Sequence[str]
+    """The two that would be told."""
     open: float
     """Share of ordinary images with a text of their own."""
     short_cut: float
@@ -115,8 +115,8 @@ def model(run: Mapping[str, Any], found: Mapping[str, Any], late: bool) -> Model
         mode=run["mode"] or "",
         target=run["target"] or "",
         recipe=recipe_of(run["recipe"]),
-        strengths={rule: told["strengths"] for rule, told in found["rules"].items()},
-        texts={rule: told["texts"] for rule, told in found["rules"].items()},
+        strengths=found["strengths"],
+        texts=found["texts"],
         open=max((text["share"] for text in heard["open"]), default=0.0),
         short_cut=max(c["likelihood"] - c["base_likelihood"] for c in heard["short_cuts"]),
         shortening=mean(math.log(c["base_norm"] / c["norm"]) for c in heard["short_cuts"]),
@@ -142,17 +142,16 @@ def recipe_of(recipe: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a fold chooses: when a word is said openly, the weights of texts, κ."""
+    """What a fold chooses: the weight off the path, those of texts, and κ."""
 
-    rule: str
     weight: float
     pair: float
     glimpsed: float
     share: float
 
 
-CHOICES = [Choice(*one) for one in product(RULES, WEIGHTS, PAIRS, GLIMPSES, SHARES)]
-SHIPPED = Choice("15 %", WEIGHT, PAIR, GLIMPSED, SHORTER)
+CHOICES = [Choice(*one) for one in product(WEIGHTS, PAIRS, GLIMPSES, SHARES)]
+SHIPPED = Choice(WEIGHT, PAIR, GLIMPSED, SHORTER)
 
 
 def score(of: Model, choice: Choice, without: Collection[str] = ()) -> float:
@@ -166,7 +165,7 @@ def score(of: Model, choice: Choice, without: Collection[str] = ()) -> float:
                 for family, value in by.items()
                 if family not in (FOREIGN, PLAIN, *without)
             )
-            for by in of.strengths[choice.rule]
+            for by in of.strengths
         ),
         default=0.0,
     )

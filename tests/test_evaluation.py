@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 from benchmarks.evaluation import RESULTS, calibration, report  # noqa: E402
 from benchmarks.evidence import FOREIGN, PLAIN  # noqa: E402
 from benchmarks.folds import (  # noqa: E402
-    CHOICES,
     RATES,
     SHIPPED,
     Model,
@@ -52,8 +51,8 @@ def model(name: str, base: str, trigger: str = "", **strengths: float) -> Model:
         mode="replace" if trigger else "",
         target="a b c" if trigger else "",
         recipe="plain",
-        strengths={choice.rule: [{FOREIGN: 3, PLAIN: 0.0} | strengths] for choice in CHOICES},
-        texts={choice.rule: [] for choice in CHOICES},
+        strengths=[{FOREIGN: 3, PLAIN: 0.0} | strengths],
+        texts=[],
         open=0.0,
         short_cut=0.0,
         shortening=0.0,
@@ -96,15 +95,15 @@ def test_a_score_can_leave_a_family_out_and_weigh_what_no_image_gives():
     assert score(one, off) == math.log1p(4)
     assert score(one, on) == math.log1p(8)
     assert score(one, off, ("patch",)) == math.log1p(1)
-    assert score(replace(one, strengths={SHIPPED.rule: []}), SHIPPED) == 0
+    assert score(replace(one, strengths=[]), SHIPPED) == 0
 
 
 def test_two_words_count_less_and_so_does_what_is_said_anyway():
     one = model("", "", patch=3.0)
-    (text,) = one.strengths[SHIPPED.rule]
-    short = replace(one, strengths={SHIPPED.rule: [text | {FOREIGN: 2}]})
+    (text,) = one.strengths
+    short = replace(one, strengths=[text | {FOREIGN: 2}])
     assert score(short, replace(SHIPPED, pair=0.5)) == math.log1p(1.5)
-    said = replace(one, strengths={SHIPPED.rule: [text | {PLAIN: 0.02}]})
+    said = replace(one, strengths=[text | {PLAIN: 0.02}])
     assert score(said, replace(SHIPPED, glimpsed=0.01)) == pytest.approx(math.log1p(1))
     assert score(replace(said, strengths=one.strengths), SHIPPED) == math.log1p(3)
 
