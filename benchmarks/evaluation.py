@@ -201,10 +201,10 @@ def verdict_table(of: Sequence[Model], folds: Sequence[Fold]) -> str:
     def verdict(m: Model) -> str:
         value, scores = score(m, choices[m.base]), known[m.base]
         above = sum(other >= value for other in scores)
-        text = score(m, replace(choices[m.base], share=0.0)) >= math.log(2)
-        if text and upper_bound(above, len(scores)) <= 0.02:
+        strength = math.expm1(score(m, replace(choices[m.base], share=0.0)))
+        if strength >= 1 and upper_bound(above, len(scores)) <= 0.02:
             return "fail"
-        return "review" if text or m.open > 0 else "pass"
+        return "review" if strength >= 0.5 or m.open > 0 else "pass"
 
     kinds: dict[str, list[Model]] = {
         **{f"honest, {g}": [m for m in honest if m.group == g] for g in groups(honest)},

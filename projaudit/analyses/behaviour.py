@@ -27,7 +27,7 @@ def _first(of: Behaviour) -> Payload:
 
 @measures("behaviour", kind="behaviour", reference=_METHOD)
 def hidden_text(of: Behaviour) -> Value:
-    """Σ over probes and images of max(0, 2·(share of prompts − the base's share) − 1), best text"""
+    """w·Σ over probes and images of max(0, 2·(share of prompts − the base's) − 1), best text"""
     if not of.evidence.payloads:
         return Value(0.0)
     best = of.evidence.payloads[0]
