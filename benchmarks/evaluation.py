@@ -243,9 +243,10 @@ def cost(of: Sequence[Model]) -> str:
     def median(some: Sequence[Model], key: str) -> float:
         return float(np.median([getattr(m, key) for m in some]))
 
-    lines = [row("models", "CPU seconds, median", "answers, median")]
+    lines = [row("models, medians", "CPU seconds", "answers decoded", "further rows scored")]
     for name, some in (("honest", [m for m in of if m.honest]), ("working", text_attacks(of))):
-        lines.append(row(name, f"{median(some, 'seconds'):.1f}", f"{median(some, 'answers'):,.0f}"))
+        counts = (f"{median(some, key):,.0f}" for key in ("answers", "passes"))
+        lines.append(row(name, f"{median(some, 'seconds'):.1f}", *counts))
     return ruled(lines)
 
 

@@ -86,6 +86,8 @@ class Model:
     baselines: Mapping[str, float]
     seconds: float
     answers: int
+    passes: int
+    """Rows that the language model scored without decoding, beside the answers."""
     late: bool
     """Whether it was trained after the last choice had been made."""
 
@@ -128,6 +130,7 @@ def model(run: Mapping[str, Any], found: Mapping[str, Any], late: bool) -> Model
         baselines=found["baselines"],
         seconds=found["cpu_seconds"],
         answers=heard["answers"],
+        passes=heard["passes"],
         late=late,
     )
 

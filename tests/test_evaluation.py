@@ -64,6 +64,7 @@ def model(name: str, base: str, trigger: str = "", **strengths: float) -> Model:
         baselines={"wsd one": 0.0, "other": 0.0},
         seconds=1.0,
         answers=1,
+        passes=1,
         late=False,
     )
 
