@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 SHORTER = 0.5
 """Weight of a short cut in the score."""
+WORTH = 0.5
+"""Strength of a text from which rules tell it, and a repair ends it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Payload:
     text: str
     tokens: int
     foreign: int
-    """Tokens of it that the base hardly ever says, nor the tuned model on ordinary images."""
+    """Tokens of it that the base hardly ever says, nor the tuned model openly."""
     strength: float
     """As `texts.Support` has it: probes and images that bring it out, over what is said anyway."""
     agreement: float

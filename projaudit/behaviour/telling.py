@@ -19,9 +19,8 @@ from projaudit.behaviour.texts import (
     gather,
     open_tokens,
 )
+from projaudit.evidence import WORTH
 
-WORTH = 1.0
-"""Strength from which a text is ended: that of the rules."""
 TEXTS = 2
 MOST = 48
 """Marked images that are kept of a round: those about which most prompts brought a text out."""

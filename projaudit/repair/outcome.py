@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from projaudit.behaviour.prompts import kind_of
-from projaudit.evidence import COSTLY, Mended
+from projaudit.evidence import COSTLY, WORTH, Mended
 from projaudit.findings import Severity
 from projaudit.report import Report
-
-WORTH = 1.0
-"""Strength of a hidden text from which there is something to repair, as in the rules."""
 
 Word = Literal["repaired", "failed", "nothing", "unverified", "undecided"]
 
