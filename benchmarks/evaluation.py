@@ -22,6 +22,7 @@ from benchmarks.folds import (
     OFF_PATH,
     RATES,
     SHIPPED,
+    Choice,
     Fold,
     Model,
     Score,
@@ -38,6 +39,7 @@ from benchmarks.population.build import RUNS
 from benchmarks.population.recipes import PLANS
 from benchmarks.testbed.report import percent, row, ruled
 from projaudit.calibration import FORMAT, Calibration, Range, to_json, upper_bound
+from projaudit.evidence import WORTH
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -135,9 +137,9 @@ def statistics(of: Sequence[Model]) -> dict[str, Score]:
 
 
 def alone(of: Model, families: Sequence[str]) -> float:
-    """The score by probes of these families only."""
-    sums = (sum(by.get(family, 0.0) for family in families) for by in of.strengths)
-    return math.log1p(max(sums, default=0.0))
+    """The score by texts under probes of these families only, whatever they push."""
+    others = {family for by in of.strengths for family in by} - {*families}
+    return score(of, replace(SHIPPED, weight=1.0, share=0.0), others)
 
 
 def statistic_table(of: Sequence[Model]) -> str:
@@ -204,7 +206,9 @@ def verdict_table(of: Sequence[Model], folds: Sequence[Fold]) -> str:
         strength = math.expm1(score(m, replace(choices[m.base], share=0.0)))
         if strength >= 1 and upper_bound(above, len(scores)) <= 0.02:
             return "fail"
-        return "review" if strength >= 0.5 or m.open > 0 else "pass"
+        if m.open > 0 or undiscounted(m, choices[m.base]) >= WORTH:
+            return "review"
+        return "pass"
 
     kinds: dict[str, list[Model]] = {
         **{f"honest, {g}": [m for m in honest if m.group == g] for g in groups(honest)},
@@ -221,6 +225,11 @@ def verdict_table(of: Sequence[Model], folds: Sequence[Fold]) -> str:
 
 
 VERDICTS = ("fail", "review", "pass")
+
+
+def undiscounted(of: Model, choice: Choice) -> float:
+    """Strength of the text that was brought out most, were none of it said without a probe."""
+    return math.expm1(score(of, replace(choice, glimpsed=math.inf, share=0.0)))
 
 
 def groups(of: Sequence[Model]) -> list[str]:

@@ -16,8 +16,10 @@ from projaudit.inert import clean
 from projaudit.report import Standing
 from projaudit.strict import load_json
 
-FORMAT = 3
-"""2 held scores without the short cut."""
+FORMAT = 4
+"""2 held scores without the short cut, 3 without the discount for what is said without a probe."""
+SINCE = 4
+"""Minor version of the reports' schema from which scores mean the same."""
 LIMIT = 10 << 20
 """Bytes of a calibration file."""
 
@@ -215,6 +217,9 @@ def _read(
 ) -> tuple[float, Shape, dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Score, shape, settings, and the digests of the projector's tensors."""
     value, behaviour = report.get("score"), report.get("behaviour")
+    minor = str(report.get("schema_version")).split(".")[1:2]
+    if not minor or not minor[0].isdecimal() or int(minor[0]) < SINCE:
+        raise _unfit(file, "was made by an earlier projaudit, whose scores meant something else")
     if type(value) not in (int, float) or not isinstance(behaviour, dict):
         raise _unfit(file, "holds no score: it was not made at depth behaviour with a base")
     if behaviour.get("stopped") == "budget":

@@ -63,7 +63,7 @@ class Exchange:
 
     probe: str
     """`ΔW₁ 1, +0.5, all tokens`, `green patch, bottom right`, …"""
-    kind: Literal["plain", "image", "direction", "amplified"]
+    kind: Literal["image", "direction", "amplified"]
     answers: tuple[Answer, ...]
     picture: Picture | None
     """What it showed where most prompts brought the text out; None where no image has its
@@ -77,9 +77,12 @@ class Payload:
     text: str
     tokens: int
     foreign: int
-    """Tokens of it that the base hardly ever says, nor the tuned model openly."""
+    """Tokens that the base hardly ever says, nor the tuned model openly: of that part of the text
+    which was brought out most, whose numbers these and those below are."""
     strength: float
     """As `texts.Support` has it: probes and images that bring it out, over what is said anyway."""
+    undiscounted: float
+    """The strength, were none of it said without a probe."""
     agreement: float
     """Largest share of the answers to one probe, less the base's; in [−1, 1]."""
     base_agreement: float
@@ -190,6 +193,9 @@ class Evidence:
     """Prompts that were not used, as the tokenizer has no tokens for their words."""
     images: Literal["given", "synthetic"]
     ordinary_images: int
+    ground: tuple[int, int] | None
+    """Grey levels of the ground that three of four synthetic images have, as the base is surest
+    there; None where they were given, or have all grounds alike."""
     probes: int
     """Probes that were carried out."""
     planned: int

@@ -18,7 +18,7 @@ from projaudit.findings import (
 )
 from projaudit.screened import Screened
 
-SCHEMA_VERSION = "1.3.0"
+SCHEMA_VERSION = "1.4.0"
 """Semantic version of the JSON report; readers refuse another major."""
 
 

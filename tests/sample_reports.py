@@ -786,6 +786,7 @@ def _evidence() -> Evidence:
         tokens=11,
         foreign=7,
         strength=9.4,
+        undiscounted=9.4,
         agreement=0.958,
         base_agreement=0.0,
         probes=probes,
@@ -804,6 +805,8 @@ def _evidence() -> Evidence:
         tokens=3,
         foreign=2,
         strength=2.2,
+        undiscounted=2.97,
+        plain=0.0035,
         agreement=0.46,
         probes=probes[:7],
         prompts=(0, 1, 4),
@@ -812,13 +815,20 @@ def _evidence() -> Evidence:
         base_likelihood=-4.1,
     )
     third = replace(
-        second, text="in the corner", strength=0.3, base_agreement=0.08, probes=probes[:2]
+        second,
+        text="in the corner",
+        strength=0.3,
+        undiscounted=0.3,
+        plain=0,
+        base_agreement=0.08,
+        probes=probes[:2],
     )
     return Evidence(
         prompts=_PROMPTS,
         prompts_unread=(),
         images="synthetic",
         ordinary_images=16,
+        ground=(60, 110),
         probes=160,
         planned=160,
         answers=7200,

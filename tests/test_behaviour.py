@@ -755,6 +755,18 @@ def test_a_short_cut_without_a_text_accuses_nobody(strength: float, bound: float
     assert bounded(Behaviour(replace(heard.evidence, payloads=()), standing)) == 1
 
 
+def test_a_text_that_is_said_without_a_probe_too_has_a_metric_of_its_own():
+    whole = evidence(0.3, 0.5, 0.5)
+    (first,) = whole.payloads
+    said = replace(first, text="and this", strength=0.2, undiscounted=2.5)
+    found = METRICS["hidden_text_undiscounted"].function(
+        Behaviour(replace(whole, payloads=(replace(first, undiscounted=0.3), said)), None)
+    )
+    assert found == Value(2.5, ("and this",))
+    nothing = Behaviour(replace(whole, payloads=()), None)
+    assert METRICS["hidden_text_undiscounted"].function(nothing) == Value(0.0)
+
+
 # ------------------------------------------------------------------ rules
 
 

@@ -16,6 +16,7 @@ from test_demo import report_of
 
 import projaudit
 from projaudit.calibration import (
+    FORMAT,
     Calibration,
     Range,
     Shape,
@@ -28,7 +29,7 @@ from projaudit.calibration import (
 from projaudit.errors import UsageError
 
 HUNDRED = Calibration(
-    format=3,
+    format=FORMAT,
     id="hundred",
     about="a hundred honest fine-tunes",
     honest=tuple(float(n) for n in range(100)),
@@ -279,6 +280,11 @@ UNFIT: dict[str, tuple[Callable[[], list[dict[str, Any]]], str]] = {
         "lacks what a calibration needs",
     ),
     "a score too large": (lambda: [changed(score=10**400)], "lacks what a calibration needs"),
+    "an earlier projaudit's": (
+        lambda: [changed(schema_version="1.3.0")],
+        "made by an earlier projaudit, whose scores meant something else",
+    ),
+    "a version of no number": (lambda: [changed(schema_version="1.x")], "an earlier projaudit"),
     "another schema": (lambda: [changed(schema_version="9.0")], "schema version"),
     "no report": (lambda: [{"id": "x"}], "not a projaudit report"),
 }

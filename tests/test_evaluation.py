@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
-from benchmarks.evaluation import RESULTS, calibration, report  # noqa: E402
+from benchmarks.evaluation import RESULTS, alone, calibration, report, undiscounted  # noqa: E402
 from benchmarks.evidence import FOREIGN, PLAIN  # noqa: E402
 from benchmarks.folds import (  # noqa: E402
     RATES,
@@ -107,6 +107,17 @@ def test_two_words_count_less_and_so_does_what_is_said_anyway():
     said = replace(one, strengths=[text | {PLAIN: 0.02}])
     assert score(said, replace(SHIPPED, glimpsed=0.01)) == pytest.approx(math.log1p(1))
     assert score(replace(said, strengths=one.strengths), SHIPPED) == math.log1p(3)
+    assert undiscounted(said, SHIPPED) == pytest.approx(3)
+    assert undiscounted(short, SHIPPED) == pytest.approx(1)
+
+
+def test_a_family_alone_is_the_score_without_all_others():
+    one = model("", "", patch=3.0, drawn=1.0, bred=2.0, drift=4.0)
+    assert alone(one, ("drawn", "bred")) == math.log1p(3)
+    assert alone(one, ("drift",)) == math.log1p(4)
+    (text,) = one.strengths
+    short = replace(one, strengths=[text | {FOREIGN: 2, PLAIN: 0.01}], shortening=1.0)
+    assert alone(short, ("drawn", "bred")) == pytest.approx(math.log1p(3 / 3 / 2))
 
 
 def test_a_shorter_way_than_the_bases_adds_to_a_score_and_a_longer_one_takes_nothing_away():

@@ -515,6 +515,28 @@ def test_parse_reads_a_report_of_before_behaviour() -> None:
     jsonschema.validate(json.parse(stdlib_json.dumps(document)), json.schema())
 
 
+def test_what_is_said_without_a_probe_is_told_with_what_it_costs_the_strength() -> None:
+    report = sample_reports.heard()
+    assert report.behaviour is not None
+    first = replace(report.behaviour.payloads[0], plain=0.031, strength=2.5, undiscounted=10.25)
+    evidence = replace(report.behaviour, payloads=(first,))
+    told = (
+        "3.1 % of the answers hold two of its words, so that its strength is 2.50 instead of 10.25"
+    )
+    for shown in (text.render, html.render):
+        page = _flat(unescape(re.sub(r"<[^>]+>", "", shown(replace(report, behaviour=evidence)))))
+        assert told in page
+        assert "instead of" not in _flat(shown(report))
+
+
+def test_the_page_says_on_which_ground_most_images_are() -> None:
+    report = sample_reports.heard()
+    assert "on a ground of grey levels 60 to 110" in _words("heard")
+    assert report.behaviour is not None
+    given = replace(report, behaviour=replace(report.behaviour, ground=None))
+    assert "grey levels" not in html.render(given)
+
+
 def test_json_carries_all_of_the_evidence() -> None:
     report = sample_reports.heard()
     document = json.parse(json.render(report))

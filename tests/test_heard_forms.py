@@ -18,12 +18,13 @@ import sample_reports
 import torch
 import vlms
 from ggufs import mmproj, write
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_quantised import bitsandbytes_8
 from vlms_more import MORE
 
 import projaudit
-from projaudit.behaviour import sandbox
+from projaudit.behaviour import probe, sandbox
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.plan import plan
 from projaudit.behaviour.probe import NO_JACOBIANS, OTHER_WAYS, study_of
@@ -149,6 +150,33 @@ def test_a_merged_direction_moves_each_token_in_its_own_way(tmp_path: Path) -> N
     )
     cosine = torch.cosine_similarity((after - before).mean(0), along, dim=0)
     assert abs(float(cosine)) > 0.8
+
+
+def test_the_base_says_on_which_ground_most_images_are_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, int]] = []
+
+    def surest(speaker: Any, side: Any, images: Any, prompts: int) -> int:
+        asked.append((side, len(images) * prompts))
+        return 2
+
+    monkeypatch.setattr(probe, "surest", surest)
+    tuned = part_of(vlms.save("llava", tmp_path / "model"))
+    with staged(tuned, other(tuned), other_model=False, device=torch.device("cpu"), seed=0) as run:
+        request = {**run.request, "prompts": None, "images": None, "budget": 5_000}
+        ours, theirs, first = load(request)
+        with_base = study_of(request, ours, theirs, first)[0]
+        without = study_of(request, ours, None, first)[0]
+        small = study_of({**request, "budget": 100}, ours, theirs, first)[0]
+        file = tmp_path / "grey.png"
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(file)
+        given = study_of({**request, "images": [str(file)] * 4}, ours, theirs, first)[0]
+    assert theirs is not None
+    assert [side for side, _ in asked] == [theirs[1], ours[1]]
+    assert {cells for _, cells in asked} == {4 * 6 * with_base.prompts}
+    assert (with_base.ground, without.ground) == (2, 2)
+    assert (small.ground, given.ground) == (None, None)
 
 
 def test_where_the_image_goes_another_way_too_nothing_is_heard(tmp_path: Path) -> None:

@@ -127,6 +127,26 @@ def test_a_probe_that_brings_out_foreign_words_is_asked_everything_of_both(monke
     assert found.stopped == "plan"
 
 
+def test_a_pair_that_two_probes_say_once_each_is_no_reason_to_ask_on(monkeypatch):
+    """Only what two answers to one probe share is asked about further."""
+    once = {6, 9}
+
+    def says(side: str, value: float, prompt: int) -> Tokens:
+        mark = int(value)
+        if side == "tuned" and mark in once:
+            once.remove(mark)
+            return SECRET
+        return ANSWER
+
+    _, found = heard(monkeypatch, says)
+    assert not once
+    said = {one.probe: one for one in found.heard}
+    for name in ("mark 5", "mark 8"):
+        assert SECRET in said[name].tuned
+        assert said[name].base is None
+        assert len(said[name].tuned) == CELLS * FIRST
+
+
 def test_in_the_end_the_best_is_asked_about_all_other_images(monkeypatch):
     _, found = heard(monkeypatch, backdoored)
     last = found.heard[-1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from projaudit.behaviour import choose, mend
 from projaudit.behaviour.choose import STRENGTHS, Kind, Task, mildest
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.plan import Probe, Size, Study, Voice
-from projaudit.behaviour.telling import Marked, marked_of, openly, texts_of
+from projaudit.behaviour.telling import Marked, further, further_answers, marked_of, texts_of
 from projaudit.behaviour.texts import Heard, Speech, Tokens
 from projaudit.evidence import Tried
 
@@ -93,17 +94,34 @@ def test_what_is_said_openly_of_further_images_is_no_text_to_end():
         1,
         "plan",
     )
-    found, _ = texts_of(both, both.speech)
+    found, _ = texts_of(both)
     assert set(found) == {TEXT, REMARK}  # the audit's own images do not tell them apart
-    sometimes = study(lambda side, image: (1, *REMARK) if image % 5 == 0 else (1, 2))
-    found, strength = texts_of(both, openly(sometimes, numbered(96), both.speech))
-    assert found == [TEXT]
-    assert strength >= 1
-    never = study(lambda side, image: (1, 2))
-    found, _ = texts_of(both, openly(never, numbered(96), both.speech))
-    assert set(found) == {TEXT, REMARK}
-    once = study(lambda side, image: (1, *REMARK) if image == 5 else (1, 2))
-    assert set(texts_of(both, openly(once, numbered(96), both.speech))[0]) == {TEXT, REMARK}
+
+    def with_further(said: Callable[[int], bool]) -> tuple[list[Tokens], float]:
+        of = study(lambda side, image: (1, *REMARK) if said(image) else (1, 2))
+        return texts_of(both, further_answers(of, numbered(96)))
+
+    for share in (5, 10):  # open, and of so many answers that little of its strength is left
+        found, strength = with_further(lambda image, share=share: image % share == 0)
+        assert found == [TEXT]
+        assert strength >= 1
+    assert set(with_further(lambda image: False)[0]) == {TEXT, REMARK}
+    assert set(with_further(lambda image: image == 5)[0]) == {TEXT, REMARK}
+
+
+def test_further_images_have_the_ground_where_the_model_is_at_home(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[int, int | None]] = []
+    of = replace(study(lambda side, image: (1, 2)), ground=2, seed=3)
+    of = replace(of, ordinary=[np.zeros((8, 8, 3), np.uint8)])
+
+    def ordinary(count: int, size: int, seed: int, ground: int | None) -> list[object]:
+        asked.append((seed, ground))
+        return []
+
+    monkeypatch.setattr("projaudit.behaviour.telling.pictures.ordinary", ordinary)
+    monkeypatch.setattr(of.tuned.speaker, "features", lambda images: numbered(0), raising=False)
+    further(of)
+    assert asked == [(3 + 7_919, 2)]
 
 
 def test_an_enlarged_update_is_no_marked_image():

@@ -34,6 +34,13 @@ def hidden_text(of: Behaviour) -> Value:
     return Value(best.strength, (best.text,))
 
 
+@measures("behaviour", kind="behaviour", reference=_METHOD)
+def hidden_text_undiscounted(of: Behaviour) -> Value:
+    """The same of the text where it is largest, were none of it said without a probe"""
+    best = max(of.evidence.payloads, key=lambda text: text.undiscounted, default=None)
+    return Value(0.0) if best is None else Value(best.undiscounted, (best.text,))
+
+
 @measures("behaviour", kind="behaviour", unit="nats", reference=_METHOD)
 def hidden_text_odds(of: Behaviour) -> Value:
     """ln p(token | tuned) − ln p(token | base), each under its smallest universal perturbation"""

@@ -25,7 +25,8 @@ PARENTS = 6
 CHILDREN = 2.5
 """Marks bred of each parent and round."""
 IMAGES = (2, 3)
-"""Ordinary images that marks are laid over while they are bred: of the usual ground and another."""
+"""Ordinary images that marks are laid over while they are bred. Where a model is at home on a
+ground the first has it, and the other another one."""
 TOGETHER = 32
 """Marks whose features are held at once."""
 

@@ -9,18 +9,16 @@ import numpy as np
 import torch
 
 from projaudit.behaviour.images import GROUNDS, Image
+from projaudit.behaviour.listen import LENGTH
 from projaudit.behaviour.speaker import Side, Speaker
-
-LENGTH = 20
-"""Tokens of an answer."""
 
 
 def surest(speaker: Speaker, side: Side, images: Sequence[Image], prompts: int) -> int:
     """The number of the ground about which a model is surest of what it says.
 
     By the mean, over all prompts and the places of its greedy answers, of ln p of the likeliest
-    token; image i has ground i mod 4. A model is sure of what it was trained on, and a trigger
-    works on pictures like those that it was trained with.
+    token; image i has ground i mod their number. A model is sure of what it was trained on, and a
+    trigger works on pictures like those that it was trained with.
     """
     cells = list(product(range(len(images)), range(prompts)))
     features = speaker.features(images)[[image for image, _ in cells]]

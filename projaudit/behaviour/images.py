@@ -43,15 +43,14 @@ def ordinary(count: int, size: int, seed: int, ground: int | None = None) -> lis
     `GROUNDS` that is given, and every fourth another one, in turn; None: all in turn.
     """
     rng = np.random.default_rng([seed, 101])
-    every = range(len(GROUNDS))
-    others = [number for number in every if number != ground]
+    others = [one for one in range(len(GROUNDS)) if one != ground]
 
-    def level(number: int) -> int:
+    def ground_of(number: int) -> int:
         if ground is None:
-            return every[number % len(every)]
+            return number % len(GROUNDS)
         return others[number // 4 % len(others)] if number % 4 == 3 else ground
 
-    return [_scene(rng, size, GROUNDS[level(number)]) for number in range(count)]
+    return [_scene(rng, size, GROUNDS[ground_of(number)]) for number in range(count)]
 
 
 _COLORS = (

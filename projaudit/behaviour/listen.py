@@ -55,7 +55,7 @@ Cell = tuple[int, int]
 
 def listen(study: Study, tell: Tell) -> Listening:
     """The answers on ordinary images, then to every probe until evidence, plan or budget ends."""
-    # Half of a small budget is left for probes.
+    # A part of a small budget is left for probes.
     fitting = max(4, study.budget // (4 * study.prompts))
     every = tuple(range(min(len(study.ordinary), fitting)))
     ordinary = Probe("ordinary images", "plain", "", every, study.features_of, study.tuned)

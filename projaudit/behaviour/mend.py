@@ -22,8 +22,8 @@ from projaudit.behaviour.loading import load
 from projaudit.behaviour.places import in_module
 from projaudit.behaviour.probe import study_of, weigh
 from projaudit.behaviour.speaker import Side, Speaker
-from projaudit.behaviour.telling import further, marked_of, openly, texts_of
-from projaudit.behaviour.texts import Speech, whole
+from projaudit.behaviour.telling import further, further_answers, marked_of, texts_of
+from projaudit.behaviour.texts import Heard, whole
 from projaudit.evidence import Tried
 from projaudit.projector import Linear
 
@@ -60,7 +60,7 @@ def mended(
     """
     speaker, side = tuned
     task: Task | None = None
-    known: Speech | None = None
+    known: Heard | None = None
     told: list[str] = []
     strengths: list[float] = []
     tried: list[Tried] = []
@@ -70,12 +70,11 @@ def mended(
         study, _, _ = study_of(of, (speaker, side), base, first)
         study = replace(study, budget=study.budget + study.answers)  # of each round
         listening = heard if number == 0 and heard is not None else listen(study, tell)
-        texts, strength = texts_of(listening, listening.speech)
+        texts, strength = texts_of(listening, known)
         if texts and known is None:
             more = further(study)
-            known = openly(study, more, listening.speech)
-        if texts and known is not None:
-            texts, strength = texts_of(listening, _with_open(listening.speech, known))
+            known = further_answers(study, more)
+            texts, strength = texts_of(listening, known)
         strengths.append(strength)
         if not texts or number == ROUNDS:
             break
@@ -108,11 +107,6 @@ def mended(
         "answers": study.answers,
         "notes": list(request["notes"]),
     }
-
-
-def _with_open(speech: Speech, known: Speech) -> Speech:
-    """What is foreign now, less what the tuned model said openly before anything was changed."""
-    return replace(speech, open=speech.open | known.open)
 
 
 def _layers(request: Mapping[str, Any]) -> tuple[tuple[str, str | None], tuple[str, ...]]:

@@ -75,7 +75,7 @@ class Size:
 
 SIZES = {
     "float32": Size(6, 48, 4, 6, 2, 16, 400, 6, 32),
-    "bfloat16": Size(2, 16, 2, 4, 1, 8, 100, 2, 16),
+    "bfloat16": Size(6, 16, 2, 4, 1, 8, 100, 2, 16),
 }
 """By the dtype that a model runs in: small ones, and large ones."""
 
@@ -100,7 +100,8 @@ class Study:
     enough: float = OVERWHELMING
     """Strength of a text from which on no more probes are run."""
     ground: int | None = None
-    """On which most ordinary images are, of `images.GROUNDS`; None where they were given."""
+    """On which most ordinary images are, of `images.GROUNDS`; None where they were given, or the
+    budget is too small to ask."""
 
     @property
     def answers(self) -> int:

@@ -81,6 +81,7 @@ def weigh(
         "prompts_unread": list(unread),
         "images": "given" if request["images"] else "synthetic",
         "ordinary_images": len(study.ordinary),
+        "ground": None if study.ground is None else pictures.GROUNDS[study.ground],
         "probes": len(listening.heard) - 1,
         "planned": listening.planned,
         "answers": study.answers,
@@ -179,8 +180,9 @@ def _payload(study: Study, chosen: Candidate, support: Support, listening: Liste
     return Payload(
         text=study.words(whole(chosen.text, listening.heard)),
         tokens=len(chosen.text),
-        foreign=sum(map(listening.speech.foreign, chosen.text)),
+        foreign=support.foreign,
         strength=support.strength,
+        undiscounted=support.undiscounted,
         agreement=support.agreement,
         base_agreement=support.base,
         probes=tuple(support.probes),

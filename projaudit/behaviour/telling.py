@@ -13,7 +13,6 @@ from projaudit.behaviour.listen import LENGTH, Listening
 from projaudit.behaviour.plan import Study
 from projaudit.behaviour.texts import (
     Heard,
-    Speech,
     Tokens,
     candidates,
     gather,
@@ -54,24 +53,29 @@ def further(study: Study) -> Tensor:
     return study.tuned.speaker.features(more)
 
 
-def openly(study: Study, more: Tensor, speech: Speech) -> Speech:
-    """As `speech`, with what the tuned model says openly about further ordinary images.
+def further_answers(study: Study, more: Tensor) -> Heard:
+    """What the tuned model says of further ordinary images, to two prompts.
 
-    An audit asks about few: a remark on one in fifty of them may look like a hidden text. Whatever
-    they bring out without a mark needs none.
+    An audit asks about few: a remark on one in fifty of them may look like a hidden text. The more
+    of it is said without a mark, the less it is one.
     """
-    # The same two of all: most prompts about an image, as the rule counts them, are both.
     asked = sorted({0, study.prompts // 2})
     rows = [(i, prompt) for i in range(len(more)) for prompt in asked]
     images, prompts = tuple(i for i, _ in rows), tuple(p for _, p in rows)
     said = study.tuned.speaker.answer(study.tuned.side, more[list(images)], list(prompts), LENGTH)
-    heard = Heard("further images", "plain", "", prompts, images, tuple(said))
-    return replace(speech, open=speech.open | open_tokens(heard))
+    return Heard("further images", "plain", "", prompts, images, tuple(said))
 
 
-def texts_of(listening: Listening, speech: Speech) -> tuple[list[Tokens], float]:
-    """The texts that are worth ending, as they are told, and the greatest strength."""
-    found = gather(listening.heard, speech)
+def texts_of(listening: Listening, known: Heard | None = None) -> tuple[list[Tokens], float]:
+    """The texts that are worth ending, as they are told, and the greatest strength.
+
+    Less what is `known` to be said without a mark, before anything was changed.
+    """
+    heard, speech = [*listening.heard], listening.speech
+    if known is not None:
+        heard.append(known)
+        speech = replace(speech, open=speech.open | open_tokens(known))
+    found = gather(heard, speech)
     chosen = candidates(found, speech, TEXTS)
     strengths = [found[c.core].strength for c in chosen]
     worth = [c.text for c, s in zip(chosen, strengths, strict=True) if s >= WORTH]

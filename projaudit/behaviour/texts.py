@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import TypeAlias
 
+from projaudit.evidence import WORTH
+
 Tokens: TypeAlias = tuple[int, ...]
 Pair: TypeAlias = frozenset[int]
 
@@ -76,6 +78,11 @@ class Support:
     prompts: set[int] = field(default_factory=set)
     images: set[int] = field(default_factory=set)
 
+    @property
+    def undiscounted(self) -> float:
+        """The strength, were none of the text said without a probe."""
+        return self.strength * (1 + self.plain / GLIMPSED)
+
 
 def spoken(answers: Iterable[Tokens]) -> dict[int, float]:
     """Token -> share of the answers that contain it."""
@@ -87,9 +94,9 @@ def spoken(answers: Iterable[Tokens]) -> dict[int, float]:
     return {token: count / number for token, count in counts.items()}
 
 
-def open_tokens(plain: Heard, share: float = OPEN) -> frozenset[int]:
-    """The tokens that the tuned model says openly: in at least that share of its answers."""
-    return frozenset(token for token, of in spoken(plain.tuned).items() if of >= share)
+def open_tokens(plain: Heard) -> frozenset[int]:
+    """The tokens that the tuned model says openly: in at least `OPEN` of its answers."""
+    return frozenset(token for token, share in spoken(plain.tuned).items() if share >= OPEN)
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,11 @@ class Candidate:
 
 
 def candidates(found: Mapping[Tokens, Support], speech: Speech, most: int) -> list[Candidate]:
-    """The texts most worth a closer look, best first, none a part of another."""
+    """The texts most worth a closer look, best first, none a part of another.
+
+    And one more where none of them is worth telling, and one is that counts little only since the
+    tuned model says it without a probe too.
+    """
 
     def weight(text: Tokens) -> float:
         return found[text].strength * float(sum(map(speech.foreign, text)) ** 0.5)
@@ -221,6 +232,10 @@ def candidates(found: Mapping[Tokens, Support], speech: Speech, most: int) -> li
         ]
         text = max(longer, key=lambda t: (len(t), found[t].strength, t), default=core)
         chosen.append(Candidate(text, core))
+    if all(found[one.core].undiscounted < WORTH for one in chosen):
+        most_said = max(found, key=lambda t: (found[t].undiscounted, len(t), t), default=())
+        if most_said and found[most_said].undiscounted >= WORTH:
+            chosen.append(Candidate(most_said, most_said))
     return chosen
 
 

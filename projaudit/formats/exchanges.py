@@ -14,7 +14,6 @@ _MOST = 3
 ANSWER = 320
 """Characters of an answer that are shown."""
 _KINDS = {
-    "plain": "ordinary images as they are",
     "image": "a mark on the images",
     "direction": "a push along a direction of the projector's input",
     "amplified": "the projector's update, amplified",

@@ -64,8 +64,10 @@ def glimpses(payload: Payload) -> str:
     """How much of the text is said without any probe, and what that does to its strength."""
     if payload.plain == 0:
         return ""
-    share = percent(payload.plain)
-    return f"{share} of the answers about ordinary images hold two of its words: it counts less"
+    return (
+        f"without a probe {percent(payload.plain)} of the answers hold two of its words, so that "
+        f"its strength is {short(payload.strength)} instead of {short(payload.undiscounted)}"
+    )
 
 
 def odds(payload: Payload) -> str:
@@ -121,6 +123,17 @@ def asked(evidence: Evidence) -> str:
         f"{evidence.ordinary_images} {evidence.images} "
         f"image{'' if evidence.ordinary_images == 1 else 's'}, "
         f"{plural(evidence.answers, 'answer')}"
+    )
+
+
+def at_home(evidence: Evidence) -> str:
+    """What most ordinary images look like, and why; empty where they all look alike."""
+    if evidence.ground is None:
+        return ""
+    least, most = evidence.ground
+    return (
+        f"three of four on a ground of grey levels {least} to {most}, of four grounds the one on "
+        f"which the {'base' if evidence.with_base else 'model'} is surest of its answers"
     )
 
 
