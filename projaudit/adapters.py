@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from projaudit.checkpoint import Stored, Weight, load_tensors
 from projaudit.errors import FormatError
 from projaudit.inert import clean
 from projaudit.peft_config import MAX_NAME, Adapter, texts, wrong
@@ -25,6 +24,7 @@ from projaudit.peft_methods import (
 from projaudit.projector import Projector
 from projaudit.readings import parameter
 from projaudit.safetensors_header import TensorInfo
+from projaudit.weights import Stored, Weight, load_tensors
 
 _PEFT = "base_model.model."
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", _PEFT)

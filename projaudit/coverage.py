@@ -7,13 +7,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from projaudit.checkpoint import Checkpoint, check_places
+from projaudit.checkpoint import Checkpoint
 from projaudit.config_changes import config_changes, says
 from projaudit.gguf_values import QUANTISED
 from projaudit.readings import place_of
 from projaudit.report import Coverage, Part, PartStatus
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import RepoFile, Source
+from projaudit.weights import check_places
 
 FULL_COMPARE = 256 << 20
 """Bytes of other tensors up to which every one is compared (local files)."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 from projaudit.adapters import Applied
 from projaudit.analyses import ProjectorContext, alignment, probes, run, spectral, themes
-from projaudit.checkpoint import Weight
 from projaudit.errors import UsageError
 from projaudit.findings import Measurement, Series, Skipped
 from projaudit.peft_methods import widened
@@ -17,6 +16,7 @@ from projaudit.recipe import Blueprint
 from projaudit.report import AuditedProjector, Layer, TensorRead
 from projaudit.session import Session, Settings
 from projaudit.sides import Side
+from projaudit.weights import Weight
 
 if TYPE_CHECKING:
     import torch

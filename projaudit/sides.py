@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from projaudit.adapters import Applied, Fit, apply, fit
 from projaudit.base import named_by_adapter
-from projaudit.checkpoint import Checkpoint, Weight, load_weights
+from projaudit.checkpoint import Checkpoint
 from projaudit.coverage import compare_rest
 from projaudit.errors import FormatError, NothingError, ProjauditError, UnsupportedError
 from projaudit.inert import clean
@@ -28,6 +28,7 @@ from projaudit.readings import Reading, parameter, place_of
 from projaudit.session import Session
 from projaudit.source import Source
 from projaudit.weight_files import Ambiguity
+from projaudit.weights import Weight, load_weights
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from projaudit.analyses.context import Direction
-from projaudit.checkpoint import Checkpoint, load_tensors
+from projaudit.checkpoint import Checkpoint
 from projaudit.errors import FormatError, ProjauditError, UnsupportedError, UsageError
 from projaudit.inert import clean
 from projaudit.readings import Reading
 from projaudit.refs import Ref
 from projaudit.safetensors_header import TensorInfo, read_header
 from projaudit.source import open_local
+from projaudit.weights import load_tensors
 
 _FILE_LIMIT = 256 << 20
 _TOKENIZER_LIMIT = 64 << 20

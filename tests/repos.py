@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from projaudit.checkpoint import Checkpoint, load_tensors, open_checkpoint
+from projaudit.checkpoint import Checkpoint, open_checkpoint
 from projaudit.readings import parameter
 from projaudit.refs import parse_ref
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import open_local
+from projaudit.weights import load_tensors
 
 LINEAR_1 = "multi_modal_projector.linear_1.weight"
 CANONICAL = f"model.{LINEAR_1}"

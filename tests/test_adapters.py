@@ -19,7 +19,7 @@ from torch import nn
 
 import projaudit
 from projaudit.adapters import apply, fit
-from projaudit.checkpoint import load_tensors, load_weights, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import FormatError, LimitError, ProjauditError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.linalg import spectrum, spectrum_of_product
@@ -28,6 +28,7 @@ from projaudit.peft_config import _matches, read_adapter
 from projaudit.peft_methods import merged
 from projaudit.refs import parse_ref
 from projaudit.source import open_local
+from projaudit.weights import load_tensors, load_weights
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of what it is asked for

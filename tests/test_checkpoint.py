@@ -25,12 +25,13 @@ from repos import (
 )
 from safetensors.torch import save_file
 
-from projaudit.checkpoint import load_tensors, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import FormatError, LimitError, NothingError, UnsupportedError
 from projaudit.readings import MAX_READINGS, parameter
 from projaudit.refs import Ref, parse_ref
 from projaudit.safetensors_header import TensorInfo
 from projaudit.source import LocalSource, RepoFile, Traffic, open_local
+from projaudit.weights import load_tensors
 
 
 def test_tensor_absent_from_the_index_is_loaded_and_said(repo: Repo) -> None:

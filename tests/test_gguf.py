@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from models import CONFIG, P, llava, save, tuned
 
 import projaudit
-from projaudit.checkpoint import load_tensors, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import BaseError, FormatError, LimitError, NothingError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.gguf_header import GGML_TYPES, PROBE, read_gguf_header
@@ -31,6 +31,7 @@ from projaudit.mmproj import as_converted, converted_from, locate_mmproj, naming
 from projaudit.refs import parse_ref
 from projaudit.safetensors_header import Header
 from projaudit.source import LocalSource, open_local
+from projaudit.weights import load_tensors
 
 KINDS = gguf.GGMLQuantizationType
 WRITABLE = ["MXFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]

@@ -30,11 +30,12 @@ from projaudit.behaviour.plan import plan
 from projaudit.behaviour.probe import NO_JACOBIANS, OTHER_WAYS, study_of
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.staged import Part, staged
-from projaudit.checkpoint import load_weights, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.data import data_path
 from projaudit.opened import projectors_of
 from projaudit.refs import parse_ref
 from projaudit.source import open_local
+from projaudit.weights import load_weights
 
 WEIGHTS = "model.safetensors"
 TUNED, BASE = (data_path("demo") / name for name in ("backdoored", "base"))

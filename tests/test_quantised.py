@@ -16,7 +16,7 @@ from models import CONFIG, P, llava, save, tuned
 from safetensors.torch import save_file
 
 import projaudit
-from projaudit.checkpoint import Weight, load_weights, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.errors import FormatError, UnsupportedError
 from projaudit.findings import Verdict
 from projaudit.quantised import find
@@ -26,6 +26,7 @@ from projaudit.refs import parse_ref
 from projaudit.rounding import rounding
 from projaudit.safetensors_header import DTYPE_BITS, TensorInfo
 from projaudit.source import open_local
+from projaudit.weights import Weight, load_weights
 
 Tensors = dict[str, torch.Tensor]
 Made = tuple[Tensors, dict[str, Any]]

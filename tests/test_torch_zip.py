@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from models import CONFIG, llava, save, tuned
 
 import projaudit
-from projaudit.checkpoint import load_tensors, open_checkpoint
+from projaudit.checkpoint import open_checkpoint
 from projaudit.cli import main
 from projaudit.errors import FormatError, LimitError, UnsupportedError
 from projaudit.findings import Verdict
@@ -30,6 +30,7 @@ from projaudit.refs import parse_ref
 from projaudit.safetensors_header import Header
 from projaudit.source import RepoFile, open_local
 from projaudit.torch_zip import read_torch_zip
+from projaudit.weights import load_tensors
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 from projaudit.behaviour.reasons import CouldNotProbe
-from projaudit.checkpoint import Checkpoint, load_weights
+from projaudit.checkpoint import Checkpoint
 from projaudit.inert import clean
 from projaudit.weight_files import INDEX, WEIGHTS
+from projaudit.weights import load_weights
 
 TOGETHER = 1 << 28
 """Values that are held at once, where no single tensor has more."""
