@@ -31,6 +31,9 @@ _STDERR_KEPT = 16 << 10
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|OutOfMemory|[Oo]ut of memory|[Cc]an(no|')t allocate memory|memory allocation of"
 )
+_SPINS = "1000"
+"""Turns that a thread waits for the others before it lets go of its core. With libgomp's own, some
+hundred thousand, another busy process on the cores makes an audit many times slower."""
 _KEPT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _KEPT_FOR_GPU = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 
@@ -96,6 +99,7 @@ def _environment(private: str, gpu: bool) -> dict[str, str]:
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "USE_HUB_KERNELS": "0",
+        "GOMP_SPINCOUNT": _SPINS,
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         **{name: os.environ[name] for name in kept if name in os.environ},
     }
