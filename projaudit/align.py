@@ -92,21 +92,29 @@ def hidden_scale(
     Exact for what passes on linearly: relu(s·z) = s·relu(z) for s > 0, and the side of a gated
     step that has no activation for any s (`signed`). A unit counts as rescaled where its row norm
     changed by more than 2 % and the next layer's column norm changed by the inverse, to a quarter
-    of that on the log scale, and as flipped where both turned round (cosine ≤ −0.9); the others
-    get 1 (threats K3).
+    of that on the log scale, and where that is more than twice what either's direction changed, as
+    it is not of norms that training moved; as flipped where both turned round (cosine ≤ −0.9). The
+    others get 1 (threats K3).
     """
     tiny = torch.finfo(before.dtype).tiny
-    old = _rows(before, before_bias).norm(dim=1).clamp_min(tiny)
-    new = _rows(after, after_bias).norm(dim=1).clamp_min(tiny)
-    row = (new / old).log()
+    was, now = _rows(before, before_bias), _rows(after, after_bias)
+    row = (now.norm(dim=1).clamp_min(tiny) / was.norm(dim=1).clamp_min(tiny)).log()
     column = (
         next_after.norm(dim=0).clamp_min(tiny) / next_before.norm(dim=0).clamp_min(tiny)
     ).log()
+    alike = torch.stack(
+        [
+            _row_cosines(before, after, before_bias, after_bias),
+            _row_cosines(next_before.T, next_after.T, None, None),
+        ]
+    )
+    # Between unit vectors; behind a gate one that turned round is as good.
+    turn = (2 - 2 * (alike.abs() if signed else alike).amin(0)).clamp_min(0).sqrt()
     rescaled = (row.abs() > _SCALED) & ((row + column).abs() < _ABSORBED * row.abs())
+    rescaled &= row.abs() > 2 * turn
     scale = torch.where(rescaled, row.exp(), torch.ones_like(row))
     if signed:
-        turned = _row_cosines(before, after, before_bias, after_bias) <= -_IN_PLACE
-        turned &= _row_cosines(next_before.T, next_after.T, None, None) <= -_IN_PLACE
+        turned = alike.amax(0) <= -_IN_PLACE
         scale = torch.where(turned, -scale, scale)
     return scale if bool((scale != 1).any()) else None
 

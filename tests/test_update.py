@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, P, Tensors, llava, tuned
+from torch import Tensor
 
+from projaudit.align import hidden_scale
 from projaudit.chain import forward
 from projaudit.errors import BaseError, UnsupportedError
 from projaudit.locating import locate
@@ -177,6 +179,30 @@ def test_relu_scaling_is_undone_and_gelu_scaling_is_a_change():
     kept = paired(base, scaled)
     assert kept.layers[0].rescaled_units == 0
     assert torch.equal(delta(kept, "linear_1"), scaled[W1] - base[W1])
+
+
+@pytest.mark.parametrize("size", [0.1, 0.4, 0.8])
+def test_norms_that_training_moved_are_no_rescaling_and_a_rescaling_of_them_is(size: float):
+    """Among thousands of units some grow in one layer and shrink in the next by chance."""
+    random = torch.Generator().manual_seed(7)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    first, second, bias = drawn(4000, 24), drawn(24, 4000), drawn(4000)
+    lengths = (1 + 0.2 * size * drawn(4000)).clamp_min(0.5)
+    tuned = (first + size * drawn(4000, 24)) * lengths[:, None]
+    biased = (bias + size * drawn(4000)) * lengths
+    after = (second + size * drawn(24, 4000)) * (1 + 0.2 * size * drawn(4000)).clamp_min(0.5)
+    assert hidden_scale(first, tuned, bias, biased, second, after) is None
+    factor = torch.ones(4000, dtype=torch.float64)
+    factor[:50] = 6.0
+    scaled = hidden_scale(
+        first, tuned * factor[:, None], bias, biased * factor, second, after / factor
+    )
+    assert scaled is not None
+    assert set((scaled != 1).nonzero()[:, 0].tolist()) <= set(range(50))
+    assert int((scaled != 1).sum()) >= 25
 
 
 def test_norm_gamma_absorbs_column_scaling():
