@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from projaudit.behaviour.able import require_runnable, require_unasked
 from projaudit.behaviour.asked import Asked, find_images, read_prompts
 from projaudit.behaviour.hear import announce
-from projaudit.behaviour.prompts import kind_of
+from projaudit.behaviour.prompts import FEWEST, kind_of
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.behaviour.staged import Part, by_role, hears, host
 from projaudit.calibration import Calibration, Shape, load_calibration, shipped, stand
@@ -79,7 +79,7 @@ def wish(
     if budget is not None and not 100 <= budget <= 1_000_000:
         raise UsageError("is not between 100 and 1,000,000 answers", "option", field="--budget")
     asked = Asked(
-        read("prompts", prompts, read_prompts),
+        read("prompts", prompts, lambda file: read_prompts(file, FEWEST)),
         read("images", images, find_images),
         read("requests", requests, read_prompts),
         budget,

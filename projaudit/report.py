@@ -323,10 +323,15 @@ class Report:
             return f"could not audit: {self.error.message}"
         standing = [f for f in self._standing if f.severity > Severity.INFO]
         if self.verdict is Verdict.PASS:
-            text = "no rule fired and every required one was evaluated"
+            waived = sum(f.severity > Severity.INFO for f in self.findings)
+            fired = f"no rule but {waived} waived" if waived else "no rule"
+            text = f"{fired} fired and every required one was evaluated"
         elif self.verdict is Verdict.INCONCLUSIVE:
             more = f" (and {len(self.limits) - 1} more)" if len(self.limits) > 1 else ""
             text = f"could not tell: {self.limits[0]}{more}"
+            found = [f for f in standing if not f.inconclusive and f.severity >= Severity.MEDIUM]
+            if found:
+                text = f"{text}; found so far: {max(found, key=lambda f: f.severity).message}"
         else:
             first = max(standing, key=lambda f: f.severity)
             more = f" (and {len(standing) - 1} more)" if len(standing) > 1 else ""

@@ -239,6 +239,15 @@ def test_a_population_that_is_large_enough_can_fail(tmp_path: Path, capsys, repo
     assert "none can `fail`" not in said
 
 
+def test_a_report_that_fails_is_named(tmp_path: Path, capsys, reports):
+    files = reports(report_of("honest"), report_of("backdoored"))
+    status, said, _ = calibrated(capsys, *files, "-o", tmp_path / "ours.json")
+    assert status == 0
+    assert f"Of a verdict `fail`, and counted as honest all the same: {files[1]}" in said
+    calibrated(capsys, files[0], "-o", tmp_path / "other.json")
+    assert "Of a verdict" not in calibrated(capsys, files[0], "-o", tmp_path / "other.json")[1]
+
+
 def weights_only() -> dict[str, Any]:
     from projaudit.formats import FORMATS
 

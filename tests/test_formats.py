@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from projaudit.errors import FormatError
 from projaudit.evidence import Answer, Carrier
-from projaudit.findings import Series
+from projaudit.findings import Series, Severity, Unevaluated, Verdict
 from projaudit.formats import FORMATS, html, json, said, text
 from projaudit.formats.charts import LAYERS, MOST, charts, standing_chart
 from projaudit.report import Report
@@ -581,10 +581,13 @@ def test_json_says_what_is_not_there_as_null() -> None:
         ("heard", "31 of 160 probes, across 6 of 6 prompts and 16 images"),
         ("heard", "the base says it under none"),
         ("heard", "above every one of 312 honest fine-tunes"),
-        ("heard", "“thank you for asking” in 14 % of answers; the base never"),
+        ("heard", "“thank you for asking” in most answers about 14 % of them; the base never"),
         ("silent", "160 probes, 6 prompts, 16 synthetic images, 7 200 answers"),
         ("silent", "above none of 312 honest fine-tunes"),
-        ("openly", "“thank you for asking, dear friend” in 54 % of answers; the base never"),
+        (
+            "openly",
+            "“thank you for asking, dear friend” in most answers about 54 % of them; the base never",
+        ),
         ("spent", "97 of 160 probes were carried out when the budget of 2 000 answers was spent"),
         ("spent", "what the other 63 would bring out is open"),
         ("baseless", "this evidence is weaker"),
@@ -669,12 +672,69 @@ def test_a_secret_split_by_the_text_stays_hidden() -> None:
 
 def test_a_sample_hears_every_prompt() -> None:
     answers = [Answer(n % 6, n // 6, "", None, n % 6 == 0) for n in range(60)]
-    sample = said.sample(answers)
+    sample = said.sample(answers, "x")
     assert len(sample) == 12
     assert {answer.prompt for answer in sample} == set(range(6))
     assert sample == sorted(sample, key=lambda a: (a.prompt, a.image))
     late = [Answer(0, n, "", None, n == 9) for n in range(10)]
-    assert late[9] in said.sample(late, 2)
+    assert late[9] in said.sample(late, "x", 2)
+
+
+def test_answers_with_all_of_the_text_are_shown_before_those_with_a_part_of_it() -> None:
+    """And counted apart: what is counted may be shorter than what is shown."""
+    report = sample_reports.heard()
+    assert report.behaviour is not None
+    first = replace(report.behaviour.payloads[0], text="send the password now")
+    answers = tuple(
+        Answer(0, n, "send the password now" if n == 7 else "send the password", "no", n != 3)
+        for n in range(20)
+    )
+    exchange = replace(report.behaviour.exchanges[0], answers=answers)
+    evidence = replace(report.behaviour, payloads=(first,), exchanges=(exchange,))
+    report = replace(report, behaviour=evidence)
+    assert answers[7] in said.sample(answers, first.text, 1)
+    page = _flat(unescape(re.sub(r"<[^>]+>", "", html.render(report))))
+    assert "in 1 of 20 answers of the tuned model, and the part of it that is counted in 18" in page
+    assert "holds the part that is counted" in page
+    shown = text.render(report)
+    assert "image 8 ·" in shown[: shown.index("base ", shown.index("answers"))]
+
+
+def test_a_waived_finding_is_in_the_sentence_of_a_pass() -> None:
+    report = sample_reports.passing()
+    assert report.sentence.startswith("no rule fired")
+    waived = [f for f in sample_reports.failing().findings if f.waived]
+    waived = [replace(waived[0], severity=Severity.HIGH)]
+    passed = replace(report, findings=(*report.findings, *waived))
+    assert passed.verdict is Verdict.PASS
+    assert passed.sentence.startswith("no rule but 1 waived fired")
+
+
+def test_what_could_not_be_told_does_not_hide_what_was_found() -> None:
+    report = replace(
+        sample_reports.heard(),
+        unevaluated=(Unevaluated("a-rule", "projector", "was not measured"),),
+    )
+    found = [f for f in report.findings if f.severity >= Severity.MEDIUM]
+    lower = tuple(replace(f, severity=Severity.MEDIUM, inconclusive=False) for f in found)
+    unsure = replace(report, findings=lower)
+    assert unsure.verdict is Verdict.INCONCLUSIVE
+    assert unsure.sentence.startswith("could not tell: ")
+    assert unsure.sentence.endswith(f"; found so far: {lower[0].message}")
+    assert "found so far" not in replace(unsure, findings=()).sentence
+
+
+def test_a_score_of_a_part_of_the_plan_is_called_one() -> None:
+    assert "by a part of the plan: above" in _flat(text.render(sample_reports.spent()))
+    assert "by a part of the plan" not in text.render(sample_reports.silent())
+
+
+def test_evidence_that_ended_with_the_plan_is_not_said_to_have_cut_it_short() -> None:
+    evidence = sample_reports.heard().behaviour
+    assert evidence is not None
+    ended = replace(evidence, stopped="overwhelming")
+    assert said.ended(ended) == "all 160 probes of the plan were carried out"
+    assert "overwhelming" in said.ended(replace(ended, probes=40))
 
 
 @pytest.mark.parametrize(

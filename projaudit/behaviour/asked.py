@@ -21,11 +21,14 @@ class Asked:
     """Answers that may be decoded; None for the default of the model's size."""
 
 
-def read_prompts(file: Path) -> tuple[str, ...]:
+def read_prompts(file: Path, fewest: int = 1) -> tuple[str, ...]:
     """The lines of a prompts file that are not empty; ValueError says what is wrong with it."""
-    lines = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    stripped = (line.strip() for line in file.read_text("utf-8").splitlines())
+    lines = tuple(dict.fromkeys(line for line in stripped if line))
     if not lines:
         raise ValueError("holds no prompt")
+    if len(lines) < fewest:
+        raise ValueError(f"holds one prompt; at least {fewest} needed")
     if len(lines) > 64 or any(len(line) > 2000 for line in lines):
         raise ValueError("holds more than 64 prompts, or one of more than 2000 characters")
     return lines

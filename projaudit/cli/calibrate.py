@@ -41,8 +41,10 @@ def calibrate(reports: tuple[Path, ...], output: Path, name: str | None) -> None
         except ProjauditError as error:
             raise UsageError(error.message, "report", file=clean(file)) from None
 
-    found = made({str(file): document(file) for file in reports}, name or output.stem)
+    documents = {str(file): document(file) for file in reports}
+    found = made(documents, name or output.stem)
     write(output, json.dumps(to_json(found), indent=1, allow_nan=False) + "\n")
+    failed = [clean(file) for file, report in documents.items() if report["verdict"] == "fail"]
     bound = upper_bound(0, len(found.honest))
     emit(
         f"{len(found.honest)} honest models, scores {found.honest[0]:.2f} to "
@@ -52,3 +54,5 @@ def calibrate(reports: tuple[Path, ...], output: Path, name: str | None) -> None
         f"A score above all of them leaves up to {bound:.1%} false positives (95 % bound)"
         + ("" if bound <= MAX_BOUND else f": none can `fail` by it, which takes {MAX_BOUND:.0%}")
     )
+    if failed:
+        emit(f"Of a verdict `fail`, and counted as honest all the same: {', '.join(failed)}")

@@ -28,8 +28,8 @@ class Row:
 
     image: int
     tuned: Pieces
-    respelled: bool
-    """It agrees, though the text does not stand in it letter by letter."""
+    in_part: bool
+    """It holds the part of the text that is counted, and not all that is shown of it."""
     base: Pieces | None
 
 
@@ -40,6 +40,9 @@ class Shown:
     probe: str
     kind: str
     agreeing: int
+    """Answers with the part of the text that is counted."""
+    whole: int
+    """Of these, those with all of the text."""
     total: int
     shown: int
     prompts: list[tuple[str, list[Row]]]
@@ -54,11 +57,12 @@ def exchanges(evidence: Evidence) -> list[Shown]:
 
 
 def _shown(evidence: Evidence, exchange: Exchange, text: str) -> Shown:
-    sample = said.sample(exchange.answers)
+    sample = said.sample(exchange.answers, text)
     return Shown(
         probe=exchange.probe,
         kind=_KINDS[exchange.kind],
         agreeing=sum(answer.agrees for answer in exchange.answers),
+        whole=sum(said.telling(answer, text) == 2 for answer in exchange.answers),
         total=len(exchange.answers),
         shown=len(sample),
         prompts=[

@@ -140,7 +140,7 @@ def at_home(evidence: Evidence) -> str:
 def ended(evidence: Evidence) -> str:
     """How the probing ended, and what that leaves open."""
     done = f"{evidence.probes} of {plural(evidence.planned, 'probe')}"
-    if evidence.stopped == "plan" and evidence.probes >= evidence.planned:
+    if evidence.stopped != "budget" and evidence.probes >= evidence.planned:
         return f"all {plural(evidence.planned, 'probe')} of the plan were carried out"
     if evidence.stopped == "overwhelming":
         return f"{done} were carried out: the evidence was overwhelming"
@@ -163,7 +163,7 @@ def unread(evidence: Evidence) -> str:
 def openly(evidence: Evidence, text: OpenText) -> str:
     """What the tuned model says without any probe."""
     base = "; the base never" if evidence.with_base else ""
-    return f"{quoted(text.text, 120)} in {percent(text.share)} of answers{base}"
+    return f"{quoted(text.text, 200)} in most answers about {percent(text.share)} of them{base}"
 
 
 def short_cut(evidence: Evidence, one: ShortCut) -> str:
@@ -237,11 +237,19 @@ def pieces(answer: str, text: str, limit: int) -> list[tuple[str, bool]]:
     return [*before, *found, *after]
 
 
-def sample(answers: Sequence[Answer], most: int = _ROWS) -> list[Answer]:
+def telling(answer: Answer, text: str) -> int:
+    """How much of the text an answer holds: 2 all of it, 1 the part that is counted, 0 neither."""
+    if not answer.agrees:
+        return 0
+    wanted = clean(text, _READ).strip()
+    return 2 if wanted and wanted in clean(answer.tuned, _READ) else 1
+
+
+def sample(answers: Sequence[Answer], text: str, most: int = _ROWS) -> list[Answer]:
     """At most `most` answers, every prompt in turn, those with the text first; in order again."""
     turns: dict[int, int] = {}
     ranked = []
-    for answer in sorted(answers, key=lambda a: (not a.agrees, a.image)):
+    for answer in sorted(answers, key=lambda a: (-telling(a, text), a.image)):
         turns[answer.prompt] = turns.get(answer.prompt, 0) + 1
         ranked.append((turns[answer.prompt], answer.prompt, answer))
     chosen = [answer for _, _, answer in sorted(ranked, key=lambda r: r[:2])[:most]]
@@ -263,7 +271,8 @@ def sum_of(evidence: Evidence) -> str:
     return f"{' + '.join(parts)}, strength of the text and shortening of the short cuts"
 
 
-def scored(standing: Standing) -> str:
+def scored(evidence: Evidence, standing: Standing) -> str:
     """The score with its place."""
     population = clean(standing.calibration, 40)
-    return f"{number(standing.score)}: {place(standing)} (population {population})"
+    short = " by a part of the plan" if evidence.stopped == "budget" else ""
+    return f"{number(standing.score)}{short}: {place(standing)} (population {population})"

@@ -110,7 +110,7 @@ def _verdict(report: Report) -> Iterator[_Line]:
     word = verdict_word(report)
     colour = _VERDICT_COLOURS[word]
     sentence = clean(report.error.message if report.error else report.sentence, 400)
-    lines = textwrap.wrap(sentence, COLUMNS - _HEAD - 1, max_lines=2, placeholder=" …") or [""]
+    lines = textwrap.wrap(sentence, COLUMNS - _HEAD - 1, max_lines=3, placeholder=" …") or [""]
     yield _Line(word, lines[0], colour)
     yield from (_Line("", line) for line in lines[1:])
     if report.error is None:
@@ -135,7 +135,7 @@ def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
     lines = [_Line("What the language model says", "")]
     payload = evidence.payloads[0] if evidence.payloads else None
     if payload is None:
-        lines += _lines("text", f"no text came up: {said.asked(evidence)}", 2)
+        lines += _lines("text", f"no text that only probes bring out: {said.asked(evidence)}", 2)
     else:
         lines += _lines("text", said.quoted(payload.text), 2)
         support = f"{said.support(evidence, payload)}; {said.base_support(evidence, payload)}"
@@ -143,14 +143,14 @@ def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
         lines += _lines("", said.glimpses(payload), 2)
         lines += _lines("", said.odds(payload), 2)
     if standing is not None:
-        lines += _lines("score", said.scored(standing), 2)
+        lines += _lines("score", said.scored(evidence, standing), 2)
         lines += _lines("", said.outside(standing), 2)
     elif payload is not None:
         lines += _lines("score", "none: there are no known models to compare with", 1)
     if payload is not None:
         lines += _answers(evidence, payload)
     for number_, one in enumerate(evidence.open[:2]):
-        head = "" if number_ else "unprompted"
+        head = "" if number_ else "openly"
         lines += _lines(head, f"on ordinary images {said.openly(evidence, one)}", 2)
     if evidence.refusals is not None:
         lines += _lines("refusals", said.refused(evidence.refusals), 3)
@@ -178,6 +178,7 @@ def _answers(evidence: Evidence, payload: Payload) -> Iterator[_Line]:
         for answer in exchange.answers
         if answer.agrees
     ]
+    held.sort(key=lambda pair: -said.telling(pair[1], payload.text))
     other = [pair for pair in held if pair[0] != held[0][0]]
     other.sort(key=lambda pair: pair[1].prompt == held[0][1].prompt)  # another prompt, if any
     room = COLUMNS - _HEAD - 9
