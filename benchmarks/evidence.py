@@ -38,7 +38,8 @@ from benchmarks.testbed.recipes import Task
 from projaudit.behaviour.listen import Listening
 from projaudit.behaviour.loading import load
 from projaudit.behaviour.probe import study_of, weigh
-from projaudit.behaviour.texts import Tokens, candidates, gather, whole
+from projaudit.behaviour.texts import Tokens, gather
+from projaudit.behaviour.told import candidates, whole
 from projaudit.projector import Linear
 
 BUDGET = 20_000

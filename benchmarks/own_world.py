@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.evaluation import RESULTS, share, with_interval
-from benchmarks.folds import SHIPPED, Model, models, score, text_attacks
+from benchmarks.folds import (
+    text_attacks,
+)
+from benchmarks.measured import (
+    SHIPPED,
+    Model,
+    models,
+    score,
+)
 from benchmarks.testbed.report import row, ruled
 
 OWN = RESULTS / "evidence-own.parquet"

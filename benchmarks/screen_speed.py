@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.behaviour_cost import SIZES, TOKENIZER, build
-from benchmarks.speed import RESULTS, interleaved, machine, table, warn_if_busy, write_results
+from benchmarks.timing import RESULTS, interleaved, machine, table, warn_if_busy, write_results
 from projaudit.screen.attention import attend, members_of, reduced, rows_at
 from projaudit.screen.model import Loaded
 from projaudit.screen.samples import Sample

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 EXACT_LIMIT = 512
-"""Smaller side up to which the exact path is cheaper (`benchmarks/speed.py spectrum`)."""
+"""Smaller side up to which the exact path is cheaper (`benchmarks/spectrum.py`)."""
 
 PROBES = 16
 STEPS = 6

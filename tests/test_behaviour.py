@@ -34,6 +34,7 @@ import projaudit
 from projaudit.analyses import METRICS
 from projaudit.analyses.behaviour import Behaviour
 from projaudit.behaviour import able, asked, images, sandbox
+from projaudit.behaviour.battery import battery, distorted
 from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.reasons import CouldNotProbe
 from projaudit.data import data_path
@@ -526,7 +527,7 @@ def test_on_the_hub_auto_downloads_nothing_more_and_asking_for_it_works(hub: Fak
 def test_the_same_seed_gives_the_same_images():
     def made(seed: int) -> list[bytes]:
         plain = images.ordinary(6, 48, seed)
-        marked = [images.distorted(plain[0], mark) for mark in images.battery(48, seed)]
+        marked = [distorted(plain[0], mark) for mark in battery(48, seed)]
         return [image.tobytes() for image in [*plain, *marked]]
 
     assert made(3) == made(3)
@@ -538,18 +539,18 @@ def test_the_same_seed_gives_the_same_images():
 def test_every_distortion_changes_the_image_and_keeps_its_form(size: int):
     (image,) = images.ordinary(1, size, seed=1)
     before = image.tobytes()
-    for mark in images.battery(size, seed=1):
-        out = images.distorted(image, mark)
+    for mark in battery(size, seed=1):
+        out = distorted(image, mark)
         assert (out.shape, out.dtype) == ((size, size, 3), np.uint8), mark.name
         assert not np.array_equal(out, image), mark.name
     assert image.tobytes() == before
 
 
 def test_the_battery_has_a_name_for_each_and_every_family():
-    battery = images.battery(64, seed=0)
-    names = [mark.name for mark in battery]
+    marks = battery(64, seed=0)
+    names = [mark.name for mark in marks]
     assert len(set(names)) == len(names) == 114
-    assert {mark.family for mark in battery} == {
+    assert {mark.family for mark in marks} == {
         "tint", "patch", "stripes", "blend", "noise", "ring", "warp", "line", "tone",
     }  # fmt: skip
 

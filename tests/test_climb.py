@@ -231,7 +231,8 @@ def bred_alone(monkeypatch: pytest.MonkeyPatch, projector: str) -> tuple[str, fl
     from benchmarks.testbed.export import LOCAL_WORD
     from projaudit.behaviour import listen as listening
     from projaudit.behaviour.probe import study_of
-    from projaudit.behaviour.texts import candidates, gather, whole
+    from projaudit.behaviour.texts import gather
+    from projaudit.behaviour.told import candidates, whole
 
     monkeypatch.setattr(listening, "plan", lambda of: [])
     speaker, base, first = base_of("grid")

@@ -19,22 +19,25 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
 
-from benchmarks.evaluation import RESULTS, alone, calibration, report, undiscounted  # noqa: E402
+from benchmarks.evaluation import RESULTS, calibration, report, undiscounted  # noqa: E402
 from benchmarks.evidence import FOREIGN, PLAIN  # noqa: E402
 from benchmarks.folds import (  # noqa: E402
     RATES,
-    SHIPPED,
-    Model,
     auroc,
     by_base,
     by_trigger,
     chosen,
-    models,
-    score,
     text_attacks,
     threshold,
 )
+from benchmarks.measured import (  # noqa: E402
+    SHIPPED,
+    Model,
+    models,
+    score,
+)
 from benchmarks.own_world import OWN, above, asked_twice, table  # noqa: E402
+from benchmarks.single import alone  # noqa: E402
 from projaudit.calibration import shipped, to_json  # noqa: E402
 
 PROGRESS = ROOT / "benchmarks" / "population" / "progress"

@@ -586,7 +586,7 @@ def test_json_says_what_is_not_there_as_null() -> None:
         ("silent", "above none of 312 honest fine-tunes"),
         (
             "openly",
-            "“thank you for asking, dear friend” in most answers about 54 % of them; the base never",
+            "“thank you for asking, dear friend” in most answers about 54 % of them",
         ),
         ("spent", "97 of 160 probes were carried out when the budget of 2 000 answers was spent"),
         ("spent", "what the other 63 would bring out is open"),

@@ -14,21 +14,18 @@ from projaudit.behaviour.texts import (
     OFF_PATH,
     PAIR,
     SHORTEST,
-    Candidate,
     Heard,
     Speech,
     Support,
     Tokens,
-    candidates,
     contains,
     foreign_pairs,
     gather,
     open_tokens,
-    opened,
     runs,
     spoken,
-    whole,
 )
+from projaudit.behaviour.told import Candidate, candidates, opened, whole
 from projaudit.evidence import WORTH
 
 FOREIGN = Speech({1: 0.5, 2: 0.5, 3: 0.5}, frozenset({4}))

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from projaudit.behaviour.images import Image, resized
 from projaudit.behaviour.listen import LENGTH, Listening
 from projaudit.behaviour.plan import Probe, Study, Voice, plan
-from projaudit.behaviour.texts import Candidate, Heard, Tokens, contains
+from projaudit.behaviour.texts import Heard, Tokens, contains
+from projaudit.behaviour.told import Candidate
 from projaudit.evidence import PICTURE_SIDE, Answer, Carrier, Exchange, Picture
 
 MOST = 3

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import zoom
 
-from projaudit.behaviour.images import HUES, Image, as_bytes
+from projaudit.behaviour.battery import HUES
+from projaudit.behaviour.images import Image, as_bytes
 
 Field = npt.NDArray[np.float64]
 

@@ -23,7 +23,8 @@ from projaudit.behaviour.places import in_module
 from projaudit.behaviour.probe import study_of, weigh
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.telling import further, further_answers, marked_of, texts_of
-from projaudit.behaviour.texts import Heard, whole
+from projaudit.behaviour.texts import Heard
+from projaudit.behaviour.told import whole
 from projaudit.evidence import Tried
 from projaudit.projector import Linear
 

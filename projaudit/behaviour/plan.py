@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from projaudit.behaviour import images as pictures
+from projaudit.behaviour.battery import battery, distorted
 from projaudit.behaviour.directions import InputDirection, amplified, directions, random_directions
 from projaudit.behaviour.speaker import Side, Speaker
 from projaudit.behaviour.texts import Speech, Tokens
@@ -195,7 +196,7 @@ def _along(study: Study) -> list[Probe]:
 
 def _over_images(study: Study) -> list[Probe]:
     """The battery of marks and distortions over ordinary images, in a random order."""
-    marks = pictures.battery(study.ordinary[0].shape[0], study.seed)
+    marks = battery(study.ordinary[0].shape[0], study.seed)
     generator = torch.Generator().manual_seed(study.seed + 1)
     order = torch.randperm(len(marks), generator=generator).tolist()
 
@@ -205,7 +206,7 @@ def _over_images(study: Study) -> list[Probe]:
             number,
             marks[index].name,
             marks[index].family,
-            partial(pictures.distorted, distortion=marks[index]),
+            partial(distorted, distortion=marks[index]),
         )
         for number, index in enumerate(order)
     ]

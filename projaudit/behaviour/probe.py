@@ -19,17 +19,8 @@ from projaudit.behaviour.prompts import GENERAL, usable
 from projaudit.behaviour.refusals import REQUESTS, refusals
 from projaudit.behaviour.search import Agreement, Found, Place, agreeing, universal
 from projaudit.behaviour.speaker import Side, Speaker
-from projaudit.behaviour.texts import (
-    Candidate,
-    Heard,
-    Speech,
-    Support,
-    Tokens,
-    candidates,
-    gather,
-    opened,
-    whole,
-)
+from projaudit.behaviour.texts import Heard, Speech, Support, Tokens, gather
+from projaudit.behaviour.told import Candidate, candidates, opened, whole
 from projaudit.evidence import OpenText, Payload, ShortCut
 from projaudit.projector import Linear
 

@@ -11,13 +11,8 @@ from torch import Tensor
 from projaudit.behaviour import images as pictures
 from projaudit.behaviour.listen import LENGTH, Listening
 from projaudit.behaviour.plan import Study
-from projaudit.behaviour.texts import (
-    Heard,
-    Tokens,
-    candidates,
-    gather,
-    open_tokens,
-)
+from projaudit.behaviour.texts import Heard, Tokens, gather, open_tokens
+from projaudit.behaviour.told import candidates
 from projaudit.evidence import WORTH
 
 TEXTS = 2
