@@ -156,7 +156,7 @@ def _said(evidence: Evidence, standing: Standing | None) -> list[_Line]:
         lines += _lines("refusals", said.refused(evidence.refusals), 3)
     if payload is not None:
         lines += _lines("asked", said.asked(evidence), 1)
-    if evidence.stopped != "plan" or evidence.probes < evidence.planned:
+    if evidence.stopped == "budget" or evidence.probes < evidence.planned:
         lines += _lines("probes", said.ended(evidence), 2)
     if evidence.prompts_unread:
         lines += _lines("prompts", said.unread(evidence), 1)
